@@ -1,0 +1,1 @@
+"""The decision: mask space, hypernetwork, training, hardening, baselines."""

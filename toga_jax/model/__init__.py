@@ -1,0 +1,1 @@
+"""The Llama model: weights, blocks, forward pass."""
