@@ -1,0 +1,170 @@
+"""The forward pass of a Llama-family model, pure functions over its weights.
+
+Dimension letters, the same everywhere:
+  B batch   T query tokens   S cache tokens   L layers    D residual
+  N query heads   K kv heads   G = N // K   H head dim   F ffn   V vocab
+
+One `block` serves the dense model, the masked model of the search and, with
+packed leaves, the compressed one. Blocks are scanned over stacked weights and
+rematerialised, so one block's fake-quantized weights exist at a time.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from toga_jax import config
+from toga_jax.model import layers, linear, params
+
+FULL_PRECISION = config.QuantConfig(low_bits=16, high_bits=16)
+
+# Sees the activation a group's linears read: tap(group, x[B, T, C]).
+Tap = Callable[[str, Array], None]
+
+
+def _no_tap(group: str, x: Array) -> None:
+  del group, x
+
+
+def attention(
+  x: Float[Array, 'B T D'],
+  w: params.LayerParams,
+  masks: linear.ChannelMasks | None,
+  positions: Int[Array, 'B T'],
+  cfg: config.ModelConfig,
+  quant: config.QuantConfig,
+  tap: Tap = _no_tap,
+) -> Float[Array, 'B T D']:
+  """What a block's attention adds to the residual stream."""
+  b, t, _ = x.shape
+  h = layers.rms_norm(x, w.attn_norm, cfg.rms_norm_eps)
+  tap('attn_in', h)
+  h = linear.read(h, masks, 'attn_in', quant)
+  heads = {}
+  for name, count in (
+    ('q', cfg.num_heads),
+    ('k', cfg.num_kv_heads),
+    ('v', cfg.num_kv_heads),
+  ):
+    y = linear.project(h, getattr(w, name), masks, 'attn_in', quant)
+    bias = getattr(w, f'{name}_bias')
+    y = y if bias is None else y + bias
+    heads[name] = y.reshape(b, t, count, cfg.head_dim)
+  q, k, v = heads['q'], heads['k'], heads['v']
+  if w.q_norm is not None:
+    q = layers.rms_norm(q, w.q_norm, cfg.rms_norm_eps)
+    k = layers.rms_norm(k, w.k_norm, cfg.rms_norm_eps)
+  frequencies = layers.rope_frequencies(cfg)
+  q = layers.rope(q, positions, frequencies)
+  k = layers.rope(k, positions, frequencies)
+  mid = layers.causal_attention(q, k, v).reshape(b, t, cfg.q_size)
+  tap('attn_mid', mid)
+  mid = linear.read(mid, masks, 'attn_mid', quant)
+  out = linear.project(mid, w.o, masks, 'attn_mid', quant)
+  return linear.prune(out, masks, 'attn_out')
+
+
+def mlp(
+  x: Float[Array, 'B T D'],
+  w: params.LayerParams,
+  masks: linear.ChannelMasks | None,
+  cfg: config.ModelConfig,
+  quant: config.QuantConfig,
+  tap: Tap = _no_tap,
+) -> Float[Array, 'B T D']:
+  """What a block's SwiGLU feed-forward adds to the residual stream."""
+  h = layers.rms_norm(x, w.mlp_norm, cfg.rms_norm_eps)
+  tap('mlp_in', h)
+  h = linear.read(h, masks, 'mlp_in', quant)
+  gate = linear.project(h, w.gate, masks, 'mlp_in', quant)
+  up = linear.project(h, w.up, masks, 'mlp_in', quant)
+  mid = jax.nn.silu(gate) * up
+  tap('mlp_mid', mid)
+  mid = linear.read(mid, masks, 'mlp_mid', quant)
+  out = linear.project(mid, w.down, masks, 'mlp_mid', quant)
+  return linear.prune(out, masks, 'mlp_out')
+
+
+def block(
+  x: Float[Array, 'B T D'],
+  w: params.LayerParams,
+  masks: linear.ChannelMasks | None,
+  positions: Int[Array, 'B T'],
+  cfg: config.ModelConfig,
+  quant: config.QuantConfig,
+  tap: Tap = _no_tap,
+) -> Float[Array, 'B T D']:
+  """One transformer block, residual connections included."""
+  x = x + attention(x, w, masks, positions, cfg, quant, tap)
+  return x + mlp(x, w, masks, cfg, quant, tap)
+
+
+def hidden_states(
+  weights: params.LlamaParams,
+  cfg: config.ModelConfig,
+  tokens: Int[Array, 'B T'],
+  masks: linear.ChannelMasks | None = None,
+  quant: config.QuantConfig = FULL_PRECISION,
+) -> Float[Array, 'B T D']:
+  """The normalised last hidden states.
+
+  Args:
+    weights: layers stacked [L, ...].
+    cfg: the model's shape.
+    tokens: ids below V.
+    masks: None for the dense model, else decisions stacked [L, ...].
+    quant: bit widths; has no effect without masks.
+  """
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+  @jax.checkpoint
+  def step(x, layer):
+    w, layer_masks = layer
+    return block(x, w, layer_masks, positions, cfg, quant), None
+
+  x = jnp.take(weights.embed, tokens, axis=0)
+  x, _ = jax.lax.scan(step, x, (weights.layers, masks))
+  return layers.rms_norm(x, weights.final_norm, cfg.rms_norm_eps)
+
+
+def logits(
+  weights: params.LlamaParams,
+  cfg: config.ModelConfig,
+  tokens: Int[Array, 'B T'],
+  masks: linear.ChannelMasks | None = None,
+  quant: config.QuantConfig = FULL_PRECISION,
+) -> Float[Array, 'B T V']:
+  """All logits in float32; for short inputs and tests, not for losses."""
+  hidden = hidden_states(weights, cfg, tokens, masks, quant)
+  return jnp.einsum(
+    'BTD,VD->BTV',
+    hidden,
+    weights.output_embed,
+    preferred_element_type=jnp.float32,
+  )
+
+
+class Llama(nn.Module):
+  """Linen front door: `init` / `apply` around the pure functions above.
+
+  The whole weight tree is one Linen parameter, so `apply({'params':
+  {'weights': loaded}}, tokens)` runs a loaded model.
+  """
+
+  cfg: config.ModelConfig
+  quant: config.QuantConfig = FULL_PRECISION
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    masks: linear.ChannelMasks | None = None,
+  ) -> Float[Array, 'B T V']:
+    """Logits in float32."""
+    init = functools.partial(params.init_params, cfg=self.cfg)
+    weights = self.param('weights', init)
+    return logits(weights, self.cfg, tokens, masks, self.quant)
