@@ -278,8 +278,15 @@ class SearchConfig:
         )
     _check_positive(
       self,
-      *'steps seq_len batch_size learning_rate temperature budget'.split(),
-      *'channel_multiple calibration_windows checkpoint_every'.split(),
+      *[
+        'steps',
+        'seq_len',
+        'batch_size',
+        'learning_rate',
+        'temperature',
+        'budget',
+      ],
+      *['channel_multiple', 'calibration_windows', 'checkpoint_every'],
     )
     if self.seq_len < 2:
       raise UserError(f'--seq_len={self.seq_len}: expected at least 2')
@@ -312,3 +319,23 @@ class EvalConfig:
       raise UserError(f'--eval_seq_len={self.seq_len}: expected at least 2')
     if self.max_windows < 0 or self.batch_size < 1:
       raise UserError('--max_eval_windows must be >= 0, --eval_batch_size >= 1')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """Everything a verb needs, as `flags.settings()` returns it."""
+
+  model: str
+  data: str
+  eval_data: str
+  workdir: str
+  quant: QuantConfig
+  search: SearchConfig
+  evaluation: EvalConfig
+  dtype: str = 'auto'
+  overwrite: bool = False
+  subject: str = ''  # dense, masked; '' = the most finished one
+  bench: str = 'search'
+  # The flags that change what a search finds, name -> value as text.
+  result_flags: tuple[tuple[str, str], ...] = ()
+  flagfile: str = ''  # all flags, in --flagfile syntax

@@ -22,7 +22,7 @@ from toga_jax.model import layers, linear, params
 
 FULL_PRECISION = config.QuantConfig(low_bits=16, high_bits=16)
 
-# Sees the activation a group's linears read: tap(group, x[B, T, C]).
+# Sees the activation of each of a block's groups: tap(group, x[B, T, C]).
 Tap = Callable[[str, Array], None]
 
 
@@ -65,6 +65,7 @@ def attention(
   tap('attn_mid', mid)
   mid = linear.read(mid, masks, 'attn_mid', quant)
   out = linear.project(mid, w.o, masks, 'attn_mid', quant)
+  tap('attn_out', out)
   return linear.prune(out, masks, 'attn_out')
 
 
@@ -86,6 +87,7 @@ def mlp(
   tap('mlp_mid', mid)
   mid = linear.read(mid, masks, 'mlp_mid', quant)
   out = linear.project(mid, w.down, masks, 'mlp_mid', quant)
+  tap('mlp_out', out)
   return linear.prune(out, masks, 'mlp_out')
 
 

@@ -112,14 +112,13 @@ def _scales(
   return _along(high, x.ndim, axis), low_scale, high_scale
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _fake_quant(
-  x: Array, salient: Array, keep: Array, how: tuple[int, int, int, int]
+def _select(
+  x: Array, high: Array, low_scale: Array, high_scale: Array, bits: tuple
 ) -> Array:
-  low_bits, high_bits, _, _ = how
-  high, low_scale, high_scale = _scales(x, salient, keep, how)
-  if min(how[:2]) > 1 and max(how[:2]) < config.OFF_BITS:
-    # One rounding instead of two: the mask is binary, so select the grid.
+  """Q_h where `high`, Q_l elsewhere, with one rounding where that is enough."""
+  low_bits, high_bits = bits
+  if min(bits) > 1 and max(bits) < config.OFF_BITS:
+    # The mask is binary, so choose the grid, not between two rounded arrays.
     top = jnp.where(high, float(qmax(high_bits)), float(qmax(low_bits)))
     scale = jnp.where(high, high_scale, low_scale)
     return jnp.clip(jnp.round(x / scale), -top - 1, top) * scale
@@ -130,20 +129,25 @@ def _fake_quant(
   )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _fake_quant(
+  x: Array, salient: Array, keep: Array, how: tuple[int, int, int, int]
+) -> Array:
+  return _select(x, *_scales(x, salient, keep, how), how[:2])
+
+
 def _fake_quant_fwd(x, salient, keep, how):
-  y = _fake_quant(x, salient, keep, how)
-  return y, (x, salient, keep)
+  scales = _scales(x, salient, keep, how)
+  y = _select(x, *scales, how[:2])
+  return y, (x, y, salient, scales)
 
 
 def _fake_quant_bwd(how, residuals, g):
-  x, salient, keep = residuals
-  low_bits, high_bits, _, axis = how
-  _, low_scale, high_scale = _scales(x, salient, keep, how)
-  gain = g * (
-    round_to_grid(x, high_scale, high_bits)
-    - round_to_grid(x, low_scale, low_bits)
-  )
-  others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+  x, y, salient, (high, low_scale, high_scale) = residuals
+  # Q_h - Q_l, one of which is y already.
+  other = _select(x, ~high, low_scale, high_scale, how[:2])
+  gain = g * (y - other) * jnp.where(high, 1.0, -1.0)
+  others = tuple(i for i in range(x.ndim) if i != how[3] % x.ndim)
   return g, jnp.sum(gain, axis=others).astype(salient.dtype), None
 
 
