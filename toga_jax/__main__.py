@@ -12,12 +12,22 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toga_jax import api, cli, config, evaluate, metrics, search, workdir
+from toga_jax import (
+  api,
+  budget,
+  cli,
+  config,
+  evaluate,
+  metrics,
+  search,
+  workdir,
+)
 from toga_jax import spec as spec_lib
 
 
 def main(settings: config.Settings) -> dict[str, Any]:
   """The verb; returns the keys of its JSON line."""
+  budget.check_target(settings.search, settings.quant)
   model = api.load(settings.model, settings.dtype)
   with workdir.opened(settings, model.fingerprint) as folder:
     learned = search.run(model, settings, folder)

@@ -110,6 +110,7 @@ def rule_spec(
   if stats is None:
     salient, rule = baselines.no_salient(model.cfg), 'none'
   else:
+    budget.check_target(search, quant)
     harden.check_multiple(model.cfg, search.channel_multiple)
     share = baselines.salient_share(quant, search.budget)
     salient = baselines.activation_rule(
@@ -152,6 +153,7 @@ def search_masks(
     UserError: the text is too short, or the budget cannot be met.
     FloatingPointError: the loss is not finite.
   """
+  budget.check_target(search, quant)
   harden.check_multiple(model.cfg, search.channel_multiple)
   quant = search_quant(quant, search)
   stats = None

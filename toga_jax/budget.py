@@ -125,7 +125,7 @@ def sparsity(cfg: config.ModelConfig, kept: Widths) -> Count:
 
 
 def budget_range(
-  search: str, quant: config.QuantConfig, salient: str = 'learned'
+  kind: str, quant: config.QuantConfig, salient: str = 'learned'
 ) -> tuple[float, float]:
   """Lowest and highest `linear_budget` a kind of search can be asked for.
 
@@ -133,11 +133,39 @@ def budget_range(
   it here and hardening says when a target is too small.
   """
   low, high = quant.low_bits / 16, quant.high_bits / 16
-  if search == 'quant':
+  if kind == 'quant':
     return low, low if salient == 'none' else high
-  if search == 'prune' and salient == 'learned':
-    return 0.0, 1.0
-  return 0.0, high
+  return 0.0, 1.0 if kind == 'prune' else high
+
+
+def check_target(
+  search: config.SearchConfig, quant: config.QuantConfig
+) -> None:
+  """Raises UserError for a budget that the bits and the sparsity rule out."""
+  if search.kind != 'prune' and not quant.weights_on:
+    raise config.UserError(
+      f'--search={search.kind} needs quantized weights; --low_bits=16 is off'
+    )
+  if search.salient != 'learned' and search.kind != 'quant':
+    raise config.UserError(
+      f'--salient={search.salient} is a rule for --search=quant; '
+      f'--search={search.kind} learns'
+    )
+  low, high = budget_range(search.kind, quant, search.salient)
+  if search.salient != 'none' and not low <= search.budget <= high:
+    raise config.UserError(
+      f'--budget={search.budget} is outside what --search={search.kind} with '
+      f'{quant.low_bits}/{quant.high_bits} bits can reach: {low} to {high}'
+    )
+  if search.sparsity is not None and search.kind == 'joint':
+    kept = 1 - search.sparsity
+    least, most = kept * quant.low_bits / 16, kept * high
+    if not least <= search.budget <= most:
+      raise config.UserError(
+        f'--sparsity={search.sparsity} leaves {kept:.3f} of the weights: at '
+        f'{quant.low_bits}/{quant.high_bits} bits that is {least:.4f} to '
+        f'{most:.4f}, which does not hold --budget={search.budget}'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,11 @@ One cfg file serves all verbs, so every verb accepts every flag. `settings()`
 turns them into the frozen dataclasses of config.py; nothing else sees absl.
 """
 
-import sys
 from collections.abc import Sequence
 
 from absl import flags
 
-from toga_jax import budget, config
+from toga_jax import config
 
 FLAGS = flags.FLAGS
 
@@ -242,7 +241,6 @@ def settings() -> config.Settings:
     sparsity=sparsity,
     **{name: getattr(FLAGS, name) for name in names},
   )
-  _check_budget(search, quant)
   known = {row[1] for row in _TABLE}
   values = {n: str(getattr(FLAGS, n)) for n in sorted(known)}
   return config.Settings(
@@ -266,32 +264,3 @@ def settings() -> config.Settings:
     result_flags=tuple((n, values[n]) for n in _RESULT_FLAGS),
     flagfile=''.join(f'--{n}={v}\n' for n, v in values.items()),
   )
-
-
-def _check_budget(
-  search: config.SearchConfig, quant: config.QuantConfig
-) -> None:
-  """Raises UserError for a budget the bits do not allow."""
-  low, high = budget.budget_range(search.kind, quant, search.salient)
-  if not low <= search.budget <= high:
-    raise config.UserError(
-      f'--budget={search.budget} is outside what --search={search.kind} with '
-      f'{quant.low_bits}/{quant.high_bits} bits can reach: {low} to {high}'
-    )
-  if search.kind != 'prune' and not quant.weights_on:
-    raise config.UserError(
-      f'--search={search.kind} needs quantized weights; --low_bits=16 is off'
-    )
-  if search.sparsity is not None and search.kind == 'joint':
-    kept = 1 - search.sparsity
-    if not low <= kept * quant.low_bits / 16 <= search.budget:
-      raise config.UserError(
-        f'--sparsity={search.sparsity} leaves {kept:.3f} of the weights, '
-        f'{kept * quant.low_bits / 16:.4f} at {quant.low_bits} bits: above '
-        f'--budget={search.budget}'
-      )
-
-
-def program_name() -> str:
-  """How this verb is called, for messages."""
-  return sys.argv[0].rsplit('/', 1)[-1].removesuffix('.py')

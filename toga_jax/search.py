@@ -10,12 +10,13 @@ command again resumes, to the bit, or says that the run is done.
 import pathlib
 from typing import Any
 
-from toga_jax import api, cli, config, metrics, workdir
+from toga_jax import api, budget, cli, config, metrics, workdir
 from toga_jax import spec as spec_lib
 
 
 def main(settings: config.Settings) -> dict[str, Any]:
   """The verb; returns the keys of its JSON line."""
+  budget.check_target(settings.search, settings.quant)
   model = api.load(settings.model, settings.dtype)
   with workdir.opened(settings, model.fingerprint) as folder:
     spec = run(model, settings, folder)

@@ -138,7 +138,8 @@ def test_the_tree_is_the_abstract_one(write_hf, tensors, dtype):
 
 def test_leaves_are_laid_out_as_asked(write_hf, tensors):
   ckpt = hf.HFCheckpoint(write_hf(tensors))
-  mesh = jax.make_mesh((1,), ('fsdp',))
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((1,), ('fsdp',), axis_types=auto)
   spec = jax.sharding.PartitionSpec('fsdp')
   sharding = jax.sharding.NamedSharding(mesh, spec)
   shardings = jax.tree.map(

@@ -174,10 +174,11 @@ def test_a_text_that_divides_evenly_has_no_tail():
 
 
 def test_max_windows_keeps_the_first():
-  some = batches.eval_windows(text(30), seq_len=4, max_windows=2)
+  some = batches.eval_windows(text(11), seq_len=4, max_windows=2, tail=True)
   more = batches.eval_windows(text(30), seq_len=4, max_windows=99)
 
   np.testing.assert_array_equal(some.tokens, [[0, 1, 2, 3], [4, 5, 6, 7]])
+  np.testing.assert_array_equal(some.lengths, [4, 4])
   assert more.tokens.shape == (7, 4)
 
 

@@ -230,11 +230,6 @@ def test_an_unreadable_file_is_one_line(tmp_path, monkeypatch):
   assert refusal(path) == f'cannot read {path}: Permission denied'
 
 
-def test_an_unknown_split_lists_the_known_ones():
-  with pytest.raises(config.UserError, match='train, validation, test'):
-    text.load_text('demo', 'dev')
-
-
 # The Hub.
 
 

@@ -59,6 +59,7 @@ def test_inside_a_sentence(source, expected):
     '{{Infobox|name=a|image=[[File:a.jpg]]\n|list={{hlist|b|c}}\n}}',
     '[[File:a.jpg|thumb|A [[caption]] that is long enough to be a sentence.]]',
     '{|\n! a !! b\n|-\n| This is a cell that is a whole sentence itself.\n|}',
+    '{|\n| a\n|\nThis cell is a whole sentence on a line of its own.\n|}',
     ':{| class=x\n| a\n{|\n| nested\n|}\n| b\n|}',
     '<gallery>\nA.jpg|This is a caption that reads like a full sentence.\n'
     '</gallery>',

@@ -81,7 +81,8 @@ def load_params(
   Args:
     ckpt: where from.
     dtype: of every leaf.
-    shardings: one per leaf, as of `abstract_params`; None: the default device.
+    shardings: one per leaf, as of `abstract_params`, on meshes of Auto axes;
+      None: the default device.
 
   Raises:
     config.UserError: tensors are missing or left over, have another shape

@@ -93,10 +93,7 @@ def load_text(name: str, split: Split) -> str:
 
 def load_documents(name: str, split: Split) -> list[str]:
   """The documents that `load_text` joins: articles, rows, lines or files."""
-  if split not in get_args(Split):
-    raise config.UserError(
-      f'data split {split!r}: expected one of {", ".join(get_args(Split))}'
-    )
+  assert split in get_args(Split), split
   if name == 'demo':
     return _demo_documents(is_train=split == 'train')
   if name in _HUB_SETS:

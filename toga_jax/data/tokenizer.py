@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -61,10 +62,10 @@ class Tokenizer:
     ids = self._backend.encode(text, add_special_tokens=False).ids
     return np.array(ids, np.int32)
 
-  def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-    """The text; `skip_special` leaves out special tokens."""
+  def decode(self, ids: npt.ArrayLike, skip_special: bool = False) -> str:
+    """The text of ids [T]; `skip_special` leaves out special tokens."""
     return self._backend.decode(
-      [int(i) for i in ids], skip_special_tokens=skip_special
+      np.asarray(ids).tolist(), skip_special_tokens=skip_special
     )
 
   def save(self, path: str | os.PathLike[str]) -> None:

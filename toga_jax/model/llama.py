@@ -121,14 +121,25 @@ def hidden_states(
     masks: None for the dense model, else decisions stacked [L, ...].
     quant: bit widths; has no effect without masks.
   """
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  x = jnp.take(weights.embed, tokens, axis=0)
+  return run_blocks(weights, cfg, x, masks, quant)
+
+
+def run_blocks(
+  weights: params.LlamaParams,
+  cfg: config.ModelConfig,
+  x: Float[Array, 'B T D'],
+  masks: linear.ChannelMasks | None = None,
+  quant: config.QuantConfig = FULL_PRECISION,
+) -> Float[Array, 'B T D']:
+  """`hidden_states` from embedded tokens on."""
+  positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
 
   @jax.checkpoint
   def step(x, layer):
     w, layer_masks = layer
     return block(x, w, layer_masks, positions, cfg, quant), None
 
-  x = jnp.take(weights.embed, tokens, axis=0)
   x, _ = jax.lax.scan(step, x, (weights.layers, masks))
   return layers.rms_norm(x, weights.final_norm, cfg.rms_norm_eps)
 

@@ -105,6 +105,15 @@ def mean_loss(
 ) -> Float[Array, '']:
   """Mean next-token loss in nats; gradients reach the masks, not weights."""
   hidden = llama.hidden_states(weights, cfg, tokens, masks, quant)
+  return mean_of(hidden, weights, tokens)
+
+
+def mean_of(
+  hidden: Float[Array, 'B T D'],
+  weights: params.LlamaParams,
+  tokens: Int[Array, 'B T'],
+) -> Float[Array, '']:
+  """`mean_loss` from the last hidden states on."""
   h, y, w = _next_token(hidden, tokens, None)
   return token_losses_sum(h, weights.output_embed, y, w.reshape(-1)) / y.size
 

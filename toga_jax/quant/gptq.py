@@ -1,0 +1,369 @@
+"""GPTQ for one linear: round column by column, make up for each error.
+
+After GPTQ (arXiv 2210.17323, algorithm 1). Columns (input channels) are
+rounded one after the other; the error of each is spread over the columns still
+to come so that the layer's output changes least:
+
+  e_j = w_j - Q(w_j),  w_k -= e_j U_jk / U_jj for k > j,  U^T U = H^-1
+
+with U upper triangular. The factor is found without inverting H: if
+`H = R R^T` with R upper triangular, then `U = R^-1`, as U^T U = R^-T R^-1 =
+H^-1. R is the Cholesky factor of H with its rows and columns reversed,
+reversed again. One factorization serves all linears that read the same input.
+
+The loss follows from the same factor: in exact arithmetic the rounded matrix
+has `1/2 tr((W - Q) H (W - Q)^T) = 1/2 sum_j (R_jj e_j)^2`.
+
+Wilful departures from the paper's code. Bit widths differ per column range.
+Scales are static: computed beforehand from the original weights, so columns
+may be rounded in any order without touching the group they are stored in.
+Within each range that order is by falling H_jj, but a range is finished before
+the next begins: low precision first, so that the precise columns absorb its
+errors. Clipping is searched with errors weighted by H_jj.
+
+Shapes are padded, columns to `BLOCK` and rows to tiles, and everything that
+differs between layers of one model (borders, widths, order) is traced. A model
+with different borders in every layer compiles a handful of programs.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from toga_jax import config
+from toga_jax.quant import qtensor
+from toga_jax.quant import ranges as column_ranges
+
+Leaf = Any
+
+BLOCK = 128
+# Loops nest: blocks, then panels, then columns. Errors leave a panel or a block
+# in one matrix product; only within a panel do they go column by column.
+_PANELS = (BLOCK, 16, 1)
+# Rows are independent. On CPUs a tile of them should stay in the L2 cache; on
+# accelerators the loop over columns is bound by latency, so tiles are tall.
+_ROW_TILE = {'cpu': 256}
+_TALL_ROW_TILE = 4096
+
+MAX_DAMPING = 1.0
+_LEAST_DAMPING = 1e-3  # where escalation starts from 0
+
+
+@struct.dataclass
+class Factor:
+  """What GPTQ needs to know about a linear's input; from `prepare`.
+
+  Arrays are in the order of rounding and padded to C, a multiple of `BLOCK`.
+  `upper[j] = U_j / U_jj`, so its diagonal is 1, and `curvature[j] = R_jj^2`
+  turns the square of column j's error into loss.
+  """
+
+  upper: Leaf  # float32 [C, C]
+  curvature: Leaf  # float32 [C]; 0 for padding and dead columns
+  importance: Leaf  # float32 [C]; H_jj / mean, 0 for padding, dead columns
+  order: Leaf  # int32 [C]; which column is rounded j-th; padding: cols
+  group: Leaf  # int32 [C]; the row of the table of scales
+  bits: Leaf  # int32 [G]; per group; padding: 16
+  symmetric: Leaf  # bool [G]
+  ranges: tuple[column_ranges.Range, ...] = struct.field(pytree_node=False)
+  damping: float = struct.field(pytree_node=False)  # the one that worked
+
+  @property
+  def cols(self) -> int:
+    """The number of columns without padding."""
+    return self.ranges[-1].stop
+
+
+@struct.dataclass
+class Quantized:
+  """A rounded linear. `dense` is on the device, the parts are on the host."""
+
+  parts: tuple[qtensor.QWeight | None, ...]  # per range; None at 16 bits
+  dense: Leaf  # float32 [rows, cols]: what the parts stand for
+  loss: float  # mean squared error of the output, with the damped H
+  damping: float
+
+
+def prepare(
+  h: Float[Array | np.ndarray, 'cols cols'],
+  ranges: Sequence[column_ranges.Range | tuple],
+  *,
+  act_order: bool = True,
+  damping: float = 0.01,
+  name: str = 'H',
+) -> Factor:
+  """Factorizes a Hessian for `quantize`.
+
+  Damping is a share of the mean of H's diagonal (over live columns), added to
+  the diagonal. Where the factorization fails it is raised tenfold, up to
+  `MAX_DAMPING`. Columns with H_jj = 0 never saw an input: they are dead, their
+  weights count as 0 and get H_jj = 1.
+
+  Args:
+    h: symmetric, float32; see `hessian.py`.
+    ranges: `ranges.Range`s, or tuples of their fields, covering the columns
+      in order.
+    act_order: round columns of a range by falling H_jj instead of as they lie.
+    damping: where to start.
+    name: what to call H in errors.
+
+  Raises:
+    ValueError: the ranges do not cover the columns, a width is not 1..8 or
+      16, H holds NaN or infinity, or no damping makes it positive definite.
+  """
+  cols = h.shape[0]
+  ranges = column_ranges.checked(ranges, cols)
+  diagonal = np.asarray(jnp.diagonal(h), np.float32)
+  if not (np.isfinite(diagonal) & (diagonal >= 0)).all():
+    raise ValueError(
+      f'{name} has values on its diagonal that are not finite and >= 0; look '
+      'for NaN or infinity in the calibration activations'
+    )
+  live = diagonal > 0
+  mean = float(diagonal[live].mean()) if live.any() else 1.0
+
+  pad = -cols % BLOCK
+  groups = column_ranges.number_groups(ranges)
+  range_of = np.repeat(np.arange(len(ranges)), [r.size for r in ranges])
+  # Stable, so that equal columns keep their order.
+  order = np.lexsort((-diagonal if act_order else np.arange(cols), range_of))
+  arranged = _arrange_hessian(
+    h, np.pad(order, (0, pad), constant_values=cols).astype(np.int32)
+  )
+
+  while True:
+    upper, pivots, ok = _factorize(arranged, damping * mean)
+    if ok:
+      break
+    higher = max(10 * damping, _LEAST_DAMPING)
+    if higher > MAX_DAMPING:
+      raise ValueError(
+        f'{name} has no Cholesky factor, even with damping {damping:g} of its '
+        'mean diagonal: it holds NaN or is not a sum of x^T x'
+      )
+    damping = higher
+
+  alive = np.pad(live[order], (0, pad))
+  return Factor(
+    upper=upper,
+    curvature=jnp.where(alive, pivots**2, 0),
+    importance=np.pad(diagonal[order] / mean, (0, pad)),
+    order=np.pad(order, (0, pad), constant_values=cols).astype(np.int32),
+    group=np.pad(
+      groups.group[order], (0, pad), constant_values=len(groups.bits) - 1
+    ),
+    bits=groups.bits,
+    symmetric=groups.symmetric,
+    ranges=ranges,
+    damping=damping,
+  )
+
+
+def quantize(
+  w: Float[Array | np.ndarray, 'rows cols'],
+  factor: Factor,
+  *,
+  clip_search: bool = True,
+  signed_scales: bool = True,
+  name: str = 'weight',
+) -> Quantized:
+  """Rounds one linear, or several that read the same input, rows stacked.
+
+  Args:
+    w: weight, outputs first. Arithmetic is float32.
+    factor: of the input's Hessian.
+    clip_search: see `qtensor.find_scales`, as `signed_scales`.
+    name: what to call the weight in errors.
+
+  Returns:
+    Integers and scales per range (NumPy, ready for `packing.pack`), the
+    matrix they stand for, and the loss. A range of 16 bits has no integers; its
+    columns in `dense` are the weights after they absorbed the errors of the
+    ranges before.
+
+  Raises:
+    ValueError: `w` has other columns than H, or holds NaN.
+  """
+  rows, cols = w.shape
+  if cols != factor.cols:
+    raise ValueError(f'{name} has {cols} columns, its Hessian {factor.cols}')
+  height = _ROW_TILE.get(jax.default_backend(), _TALL_ROW_TILE)
+  arrays = factor.replace(ranges=(), damping=0.0)  # not part of the cache key
+  tiles = [
+    _quantize_tile(
+      tile, arrays, clip_search=clip_search, signed_scales=signed_scales
+    )
+    for tile in _arrange_weight(w, factor.order, factor.importance, height)
+  ]
+  if not all(t.finite for t in tiles):
+    raise ValueError(f'{name} holds NaN or infinity')
+
+  def joined(tables):  # each [*, height] -> [rows, *]
+    table = np.concatenate([np.asarray(t) for t in tables], axis=1)
+    return table[:, :rows].T
+
+  position = np.argsort(factor.order[:cols])
+  q = joined([t.q for t in tiles])[:, position]
+  scale = joined([t.scale for t in tiles])
+  zero = joined([t.zero for t in tiles])
+  dense = _restore_weight([t.dense for t in tiles], position, rows)
+  return Quantized(
+    parts=column_ranges.split(factor.ranges, q, scale, zero),
+    dense=dense,
+    loss=float(sum(np.float64(t.loss) for t in tiles)),
+    damping=factor.damping,
+  )
+
+
+class _Tile(NamedTuple):
+  """A rounded tile of rows, transposed, columns in the order of rounding."""
+
+  q: Leaf  # int8 [C, R]
+  scale: Leaf  # float16 [G, R]
+  zero: Leaf  # int8 [G, R]
+  dense: Leaf  # float32 [C, R]
+  loss: Leaf  # float32 []
+  finite: Leaf  # bool []
+
+
+@functools.partial(jax.jit, static_argnames=('clip_search', 'signed_scales'))
+def _quantize_tile(
+  w: Float[Array, 'C R'], factor: Factor, **search: bool
+) -> _Tile:
+  """Scales first, then all columns."""
+  scale, zero = qtensor.find_scales(
+    w,
+    factor.group,
+    factor.bits,
+    factor.symmetric,
+    factor.importance,
+    **search,
+  )
+  columns = _Columns(
+    scale=qtensor.as_float(scale)[factor.group],
+    zero=qtensor.as_float(zero)[factor.group],
+    bits=factor.bits[factor.group][:, None],
+  )
+  rest, q, error = _round_panel(w, factor.upper, columns, _PANELS)
+  return _Tile(
+    q=q,
+    scale=scale,
+    zero=zero,
+    # `rest` equals the codes' values up to rounding errors; 16-bit columns
+    # have no codes.
+    dense=jnp.where(columns.bits == config.OFF_BITS, rest, columns.decode(q)),
+    loss=0.5 * jnp.sum(factor.curvature[:, None] * error**2),
+    finite=jnp.isfinite(rest).all(),
+  )
+
+
+class _Columns(NamedTuple):
+  """The quantizers of some columns."""
+
+  scale: Leaf  # float32 [n, R]
+  zero: Leaf  # float32 [n, R]
+  bits: Leaf  # int32 [n, 1]
+
+  def encode(self, w: Array) -> Array:
+    """int8 [n, R]; 0 at 16 bits, which have no codes."""
+    q = qtensor.encode(w, self.scale, self.zero, self.bits)
+    return jnp.where(self.bits == config.OFF_BITS, 0, q).astype(jnp.int8)
+
+  def decode(self, q: Array) -> Array:
+    """float32 [n, R]."""
+    return (q.astype(jnp.float32) - self.zero) * self.scale
+
+
+def _round_panel(
+  w: Float[Array, 'n R'],
+  upper: Float[Array, 'n n'],
+  columns: _Columns,
+  sizes: tuple[int, ...],
+) -> tuple[Array, Array, Array]:
+  """Rounds n columns, passing errors on among them.
+
+  Args:
+    w: the columns, with the errors of all columns before them made up for.
+    upper: the rows of `Factor.upper` for these columns, cut to them.
+    columns: their quantizers.
+    sizes: how many columns to take at a time, then how many of those; () means
+      that n is 1.
+
+  Returns:
+    `w` with all errors passed on, the columns' own included: the rounded
+    values (16 bits: the values); the codes; and the errors, each at its turn.
+  """
+  if not sizes:
+    q = columns.encode(w)
+    error = jnp.where(columns.bits == config.OFF_BITS, 0, w - columns.decode(q))
+    return w - error, q, error
+  size, inner = sizes[0], sizes[1:]
+
+  def step(i, carry):
+    w, q, error = carry
+    cut = functools.partial(
+      jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size
+    )
+    put = functools.partial(
+      jax.lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0
+    )
+    rows = cut(upper)  # [size, n]; zero left of the diagonal
+    _, q_new, e_new = _round_panel(
+      cut(w), cut(rows, axis=1), jax.tree.map(cut, columns), inner
+    )
+    if size == 1:
+      passed_on = rows.T * e_new
+    else:
+      passed_on = jax.lax.dot(
+        rows.T, e_new, precision=jax.lax.Precision.HIGHEST
+      )
+    return w - passed_on, put(q, q_new), put(error, e_new)
+
+  start = (w, jnp.zeros(w.shape, jnp.int8), jnp.zeros_like(w))
+  return jax.lax.fori_loop(0, w.shape[0] // size, step, start)
+
+
+@jax.jit
+def _arrange_hessian(h: Array, order: Array) -> Float[Array, 'C C']:
+  """H in the order of rounding, with 1 on empty places of the diagonal."""
+  h = h.astype(jnp.float32)
+  h = h.at[order].get(mode='fill', fill_value=0)
+  h = h.at[:, order].get(mode='fill', fill_value=0)
+  return h + jnp.diag(jnp.where(jnp.diagonal(h) == 0, 1.0, 0.0))
+
+
+@jax.jit
+def _factorize(h: Array, added: Array) -> tuple[Array, Array, Array]:
+  """`upper` and the diagonal of R; and whether they exist (no NaN)."""
+  eye = jnp.eye(h.shape[0], dtype=h.dtype)
+  # cholesky does not raise where there is no factor: it returns NaN.
+  r = jnp.linalg.cholesky((h + added * eye)[::-1, ::-1])[::-1, ::-1]
+  u = jax.scipy.linalg.solve_triangular(r, eye, lower=False)
+  upper = u * jnp.diagonal(r)[:, None]
+  return upper, jnp.diagonal(r), jnp.isfinite(upper).all()
+
+
+@functools.partial(jax.jit, static_argnames='height')
+def _arrange_weight(
+  w: Array, order: Array, importance: Array, height: int
+) -> list[Float[Array, 'C R']]:
+  """`w` transposed, in the order of rounding, cut into tiles of its rows."""
+  rows = w.shape[0]
+  wt = w.T.astype(jnp.float32).at[order].get(mode='fill', fill_value=0)
+  wt = jnp.where(importance[:, None] > 0, wt, 0)  # dead columns
+  wt = jnp.pad(wt, [(0, 0), (0, -rows % height)])
+  return jnp.split(wt, wt.shape[1] // height, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames='rows')
+def _restore_weight(
+  tiles: list[Array], position: Array, rows: int
+) -> Float[Array, 'rows cols']:
+  """Undoes `_arrange_weight`."""
+  return jnp.concatenate(tiles, axis=1)[position, :rows].T
