@@ -9,6 +9,7 @@ import safetensors.numpy
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from toga_jax import budget
 from toga_jax import config as config_lib
 from toga_jax.ckpt import names
 from toga_jax.model import params
@@ -36,9 +37,32 @@ def weights(cfg: config_lib.ModelConfig, seed: int = 0) -> params.LlamaParams:
   return params.init_params(jax.random.key(seed), cfg)
 
 
-def tokens(seed: int, *shape: int) -> np.ndarray:
-  """Random ids below 61."""
-  return np.random.default_rng(seed).integers(0, 61, shape, dtype=np.int32)
+def tokens(seed: int, *shape: int) -> jax.Array:
+  """Random ids below 61, int32."""
+  ids = np.random.default_rng(seed).integers(0, 61, shape, dtype=np.int32)
+  return jax.numpy.asarray(ids)
+
+
+def decision(
+  cfg: config_lib.ModelConfig, seed: int, *, heads: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Random (keep, salient) masks [L, width] as a spec holds them.
+
+  Salient channels are kept ones; `heads` also drops whole kv groups.
+  """
+  rng = np.random.default_rng(seed)
+  keep, salient = {}, {}
+  for group, width in budget.group_widths(cfg).items():
+    keep[group] = rng.random((cfg.num_layers, width)) < 0.7
+  groups = np.ones((cfg.num_layers, cfg.num_kv_heads), bool)
+  if heads:
+    groups = rng.random(groups.shape) < 0.5
+    groups[:, 0] |= ~groups.any(-1)
+  per_group = cfg.q_size // cfg.num_kv_heads
+  keep['attn_mid'] = np.repeat(groups, per_group, axis=-1)
+  for group in budget.INPUT_GROUPS:
+    salient[group] = keep[group] & (rng.random(keep[group].shape) < 0.3)
+  return keep, salient
 
 
 def write_folder(

@@ -114,7 +114,8 @@ def linear_budget(
   """
   bits = value_bits(cfg, quant, kept, salient)
   total = sum(b.sum() for b in bits.values())
-  return total / (16 * cfg.num_layers * dense_weights(cfg))
+  # A float: JAX refuses Python ints past 2^31, which 0.14B weights reach.
+  return total / float(16 * cfg.num_layers * dense_weights(cfg))
 
 
 def sparsity(cfg: config.ModelConfig, kept: Widths) -> Count:
@@ -157,8 +158,15 @@ def check_target(
       f'--budget={search.budget} is outside what --search={search.kind} with '
       f'{quant.low_bits}/{quant.high_bits} bits can reach: {low} to {high}'
     )
-  if search.sparsity is not None and search.kind == 'joint':
-    kept = 1 - search.sparsity
+  if search.sparsity is None:
+    return
+  kept = 1 - search.sparsity
+  if search.kind == 'prune' and not math.isclose(search.budget, kept):
+    raise config.UserError(
+      f'--sparsity={search.sparsity} with --search=prune means '
+      f'--budget={kept:.6g}; --budget={search.budget} contradicts it'
+    )
+  if search.kind == 'joint':
     least, most = kept * quant.low_bits / 16, kept * high
     if not least <= search.budget <= most:
       raise config.UserError(
@@ -218,7 +226,7 @@ def exact_size(
     average_bits=bits / ((1 - pruned) * all_weights),
     sparsity=pruned,
     linear_bytes=linear_bytes,
-    total_bytes=linear_bytes + _other_bytes(cfg, quant),
+    total_bytes=linear_bytes + _other_bytes(cfg, quant, kept),
   )
 
 
@@ -259,16 +267,20 @@ def _row_bytes(channels: int, bits: int, group_size: int) -> int:
   return words * WORD_BITS // 8 + SCALE_BYTES * groups
 
 
-def _other_bytes(cfg: config.ModelConfig, quant: config.QuantConfig) -> int:
+def _other_bytes(
+  cfg: config.ModelConfig, quant: config.QuantConfig, kept: Widths
+) -> int:
   """Bytes of embeddings (tied ones once), norms and biases."""
   rows = cfg.vocab_size * (1 if cfg.tie_embeddings else 2)
   embeddings = rows * _row_bytes(
     cfg.hidden_size, quant.embed_bits, quant.group_size
   )
   per_block = 2 * cfg.hidden_size
-  if cfg.attention_bias:
-    per_block += cfg.q_size + 2 * cfg.kv_size
   if cfg.qk_norm:
     per_block += 2 * cfg.head_dim
   floats = cfg.num_layers * per_block + cfg.hidden_size
+  if cfg.attention_bias:  # of the heads that are kept
+    floats += round(
+      sum(output_width(cfg, linear, kept).sum() for linear in ('q', 'k', 'v'))
+    )
   return embeddings + FLOAT_BYTES * floats

@@ -156,8 +156,7 @@ class ModelConfig:
         rope_scaling=RopeScaling.from_hf(rope),
         max_positions=int(raw.get('max_position_embeddings') or 2048),
         tie_embeddings=bool(raw.get('tie_word_embeddings', False)),
-        attention_bias=architecture == 'Qwen2ForCausalLM'
-        or bool(raw.get('attention_bias', False)),
+        attention_bias=architecture == 'Qwen2ForCausalLM',
         qk_norm=ARCHITECTURES[architecture],
         architecture=architecture,
         bos_id=raw.get('bos_token_id'),
@@ -165,6 +164,10 @@ class ModelConfig:
       )
     except KeyError as e:
       raise UserError(f'config.json has no {e.args[0]!r}') from e
+    except UserError:
+      raise
+    except (TypeError, ValueError) as e:  # null or a word in a number's place
+      raise UserError(f'config.json: {e}') from e
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], architecture: str) -> None:
@@ -173,8 +176,9 @@ def _refuse_unsupported(raw: Mapping[str, Any], architecture: str) -> None:
     raise UserError(f'hidden_act={raw["hidden_act"]!r}: only silu is supported')
   if raw.get('mlp_bias'):
     raise UserError('mlp_bias=true is not supported')
-  if architecture == 'LlamaForCausalLM' and raw.get('attention_bias'):
-    raise UserError('Llama with attention_bias=true is not supported')
+  # It puts a bias on o as well; Qwen2 has its own rule: on q, k and v.
+  if architecture != 'Qwen2ForCausalLM' and raw.get('attention_bias'):
+    raise UserError(f'{architecture} with attention_bias=true is not supported')
   window = raw.get('sliding_window')
   if window and raw.get('use_sliding_window', architecture[:7] == 'Mistral'):
     raise UserError(
@@ -338,4 +342,4 @@ class Settings:
   bench: str = 'search'
   # The flags that change what a search finds, name -> value as text.
   result_flags: tuple[tuple[str, str], ...] = ()
-  flagfile: str = ''  # all flags, in --flagfile syntax
+  flagfile: str = ''  # all flags but overwrite, in --flagfile syntax

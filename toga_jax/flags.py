@@ -181,6 +181,8 @@ def parse(argv: Sequence[str]) -> bool:
     return False
   try:
     rest = FLAGS(argv)[1:]
+  except UnicodeDecodeError as e:
+    raise config.UserError(f'the flagfile is not a text file: {e}') from e
   except flags.Error as e:
     raise config.UserError(
       str(e).replace('\n', ' ') + '; --help lists the flags'
@@ -262,5 +264,8 @@ def settings() -> config.Settings:
     subject=FLAGS.subject,
     bench=FLAGS.bench,
     result_flags=tuple((n, values[n]) for n in _RESULT_FLAGS),
-    flagfile=''.join(f'--{n}={v}\n' for n, v in values.items()),
+    # Without --overwrite: a run's own flagfile must not delete the run.
+    flagfile=''.join(
+      f'--{n}={v}\n' for n, v in values.items() if n != 'overwrite'
+    ),
   )

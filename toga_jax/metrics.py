@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 import resource
 import sys
 import time
@@ -18,6 +19,11 @@ def say(text: str) -> None:
 
 def peak_bytes() -> int:
   """Peak resident memory of this process so far."""
+  status = pathlib.Path('/proc/self/status')
+  # On Linux ru_maxrss begins with what the parent had when it started us.
+  peak = status.exists() and re.search(r'VmHWM:\s+(\d+)', status.read_text())
+  if peak:
+    return int(peak[1]) * 1024
   scale = 1 if sys.platform == 'darwin' else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 

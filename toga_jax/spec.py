@@ -144,7 +144,7 @@ def load(folder: pathlib.Path) -> CompressionSpec:
       made_by=raw['made_by'],
       **masks,
     )
-  except (KeyError, TypeError, json.JSONDecodeError) as e:
+  except (KeyError, TypeError, json.JSONDecodeError, UnicodeError) as e:
     raise config.UserError(f'{path} is not a spec of this version: {e}') from e
   except FileNotFoundError as e:
     raise config.UserError(f'{e.filename} is missing beside spec.json') from e

@@ -26,13 +26,15 @@ def _versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       versions[name] = 'not installed'
   source = pathlib.Path(__file__).parent
-  git = subprocess.run(
-    ['git', '-C', source, 'rev-parse', 'HEAD'],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  versions['commit'] = git.stdout.strip() or 'unknown'
+  versions['commit'] = 'unknown'
+  if shutil.which('git'):
+    git = subprocess.run(
+      ['git', '-C', source, 'rev-parse', 'HEAD'],
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    versions['commit'] = git.stdout.strip() or 'unknown'
   return versions
 
 
@@ -107,8 +109,9 @@ def _clear(folder: pathlib.Path) -> None:
     raise config.UserError(
       f'--overwrite: {folder} holds files but no run; it is left as it is'
     )
-  for path in inside:
-    if path.is_dir():
+  # The identity goes last: cut short, the folder is still a run's.
+  for path in sorted(inside, key=lambda p: p.name == _IDENTITY):
+    if path.is_dir() and not path.is_symlink():
       shutil.rmtree(path)
     else:
       path.unlink()

@@ -339,7 +339,9 @@ def test_byte_level_tokenizer(write_gguf, tensors):
 
 
 def test_sentencepiece_tokenizer(write_gguf, tensors):
-  edit = add_vocab('llama', ['\u2581', 'b', '\u2581b'], scores=[-1, -2, -3])
+  edit = add_vocab(
+    'llama', ['\u2581', 'b', '\u2581b'], scores=[-1.0, -2.0, -3.0]
+  )
   tokenizer = gguf.GGUFCheckpoint(write_gguf(tensors, edit=edit)).tokenizer()
   assert tokenizer.encode('bb').tolist() == [2, 1]
 

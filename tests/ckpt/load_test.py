@@ -130,7 +130,7 @@ def test_the_tree_is_the_abstract_one(write_hf, tensors, dtype):
     write_hf({n: x.astype(np.float16) for n, x in tensors.items()})
   )
   tree = load.load_params(ckpt, dtype)
-  expected = params.abstract_params(ckpt.config, dtype)
+  expected = params.abstract_params(ckpt.config, jnp.dtype(dtype))
   assert jax.tree.structure(tree) == jax.tree.structure(expected)
   found = jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert found == jax.tree.map(lambda x: (x.shape, x.dtype), expected)

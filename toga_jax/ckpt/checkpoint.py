@@ -73,8 +73,8 @@ class Checkpoint(abc.ABC):
 def read_bytes(path: pathlib.Path, offset: int, count: int) -> np.ndarray:
   """`count` bytes at `offset` as uint8.
 
-  Not a memory map: mapped pages stay counted as this process's memory, and a
-  whole model would seem (and under a memory limit, be) there twice.
+  Read, not mapped: a map held too long counts as this process's memory, and
+  a file cut short under a map kills the process instead of raising.
   """
   return np.fromfile(path, np.uint8, count, offset=offset)
 

@@ -12,6 +12,7 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 
@@ -70,7 +71,7 @@ def check_vocab(
 
 def load_params(
   ckpt: checkpoint.Checkpoint,
-  dtype: jnp.dtype = jnp.float32,
+  dtype: npt.DTypeLike = jnp.float32,
   shardings: params.LlamaParams | None = None,
 ) -> params.LlamaParams:
   """All weights, layers stacked.
@@ -88,7 +89,7 @@ def load_params(
     config.UserError: tensors are missing or left over, have another shape
       than the config says, or hold NaN or infinity.
   """
-  cfg = ckpt.config
+  cfg, dtype = ckpt.config, jnp.dtype(dtype)
   _check_tensors(ckpt)
   if shardings is None:
     shardings = jax.tree.map(lambda _: None, params.abstract_params(cfg))
@@ -168,7 +169,7 @@ def _load_single(
 ) -> jax.Array:
   """One field of LlamaParams that has no layers."""
   name = names.MODEL[field].hf
-  leaf, finite = _caster(jnp.dtype(dtype), sharding)(ckpt.read(name))
+  leaf, finite = _caster(dtype, sharding)(ckpt.read(name))
   _check_finite(name, finite, dtype)
   return leaf
 
@@ -176,7 +177,7 @@ def _load_single(
 def _check_finite(name: str, finite: jax.Array, dtype: jnp.dtype) -> None:
   if not finite:
     raise config.UserError(
-      f'tensor {name} has NaN or infinite values as {jnp.dtype(dtype).name}'
+      f'tensor {name} has NaN or infinite values as {dtype.name}'
     )
 
 

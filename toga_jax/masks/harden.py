@@ -1,6 +1,7 @@
 """From logits to the final decision: deterministic, budget met from below."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -57,7 +58,7 @@ class _Decider:
         continue
       # One attn_mid decision is a kv group of heads, many channels wide.
       per_decision = width // scores.shape[-1]
-      step = max(self.multiple // per_decision, 1)
+      step = self.multiple // math.gcd(self.multiple, per_decision)
       counts = round_counts(
         (scores > threshold).sum(-1), step, step, scores.shape[-1]
       )
@@ -145,7 +146,8 @@ def harden(
     threshold had to move from 0.
 
   Raises:
-    UserError: no threshold meets the budget (says the smallest that does).
+    UserError: no threshold meets the budget or the sparsity (says the nearest
+      that can be had).
   """
   check_multiple(cfg, search.channel_multiple)
   decide = _Decider(cfg, quant, search.channel_multiple, logits)
@@ -159,6 +161,12 @@ def harden(
       kept_scores,
     )
     fixed = decide.keep(cut)
+    if decide.kept_share(fixed) > 1 - search.sparsity:
+      raise config.UserError(
+        f'--sparsity={search.sparsity} cannot be met: the largest here, with '
+        f'--channel_multiple={search.channel_multiple}, is '
+        f'{1 - decide.kept_share(fixed):.5f}'
+      )
     if not salient_scores:
       return fixed, decide.salient(fixed, cut), cut
 

@@ -5,7 +5,6 @@ has to beat do, and puts the zero of the logits where the budget is met. The
 hypernetwork's own output, near zero at first, is added to it.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -75,5 +74,16 @@ def _warm(
         tree[decision][group] = SALIENT_SCALE * scores
       else:
         tree[decision][group] = search.offset + scores
-  _, _, threshold = harden.harden(tree, cfg=cfg, quant=quant, search=search)
-  return jax.tree.map(lambda x: jnp.asarray(x - threshold, jnp.float32), tree)
+  settings = {'cfg': cfg, 'quant': quant, 'search': search}
+  _, _, threshold = harden.harden(tree, **settings)
+  thresholds = {'keep': threshold, 'salient': threshold}
+  if search.sparsity is not None:  # the keep logits have one of their own
+    keep_only = {'keep': tree['keep'], 'salient': {}}
+    _, _, thresholds['keep'] = harden.harden(keep_only, **settings)
+  return {
+    decision: {
+      group: jnp.asarray(x - thresholds[decision], jnp.float32)
+      for group, x in groups.items()
+    }
+    for decision, groups in tree.items()
+  }

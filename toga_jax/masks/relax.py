@@ -49,5 +49,10 @@ def sample(
 
 
 def noise_scale(step: Array | int, steps: int, fade: float) -> Float[Array, '']:
-  """1 at the first step, falling linearly to 0 after `fade * steps` steps."""
-  return jnp.clip(1 - step / jnp.maximum(fade * steps, 1e-9), 0.0, 1.0)
+  """1 at the first step, falling linearly to 0 after `fade * steps` steps.
+
+  A `fade` of 0 means no noise at all, at the first step neither.
+  """
+  if fade == 0:
+    return jnp.zeros(())
+  return jnp.clip(1 - step / (fade * steps), 0.0, 1.0)

@@ -43,7 +43,7 @@ def rope_frequencies(cfg: config.ModelConfig) -> Float[np.ndarray, ' H2']:
 def rope(
   x: Float[Array, 'B T N H'],
   positions: Int[Array, 'B T'],
-  frequencies: Float[Array, ' H2'],
+  frequencies: Float[np.ndarray, ' H2'],
 ) -> Float[Array, 'B T N H']:
   """Rotates channel pairs (i, i + H/2) of every head by their position."""
   angle = positions[..., None, None].astype(jnp.float32) * frequencies

@@ -73,7 +73,7 @@ def layer_shapes(cfg: config.ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def abstract_params(
-  cfg: config.ModelConfig, dtype: jnp.dtype = jnp.float32
+  cfg: config.ModelConfig, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> LlamaParams:
   """`LlamaParams` of ShapeDtypeStructs: the shape of a model, no memory."""
 
@@ -91,7 +91,7 @@ def abstract_params(
 
 
 def init_params(
-  key: jax.Array, cfg: config.ModelConfig, dtype: jnp.dtype = jnp.float32
+  key: jax.Array, cfg: config.ModelConfig, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> LlamaParams:
   """Random weights of realistic scale, for tests and synthetic benches."""
   shapes = abstract_params(cfg, dtype)

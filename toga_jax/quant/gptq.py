@@ -1,18 +1,23 @@
 """GPTQ for one linear: round column by column, make up for each error.
 
-After GPTQ (arXiv 2210.17323, algorithm 1). Columns (input channels) are
-rounded one after the other; the error of each is spread over the columns still
-to come so that the layer's output changes least:
+GPTQ (arXiv 2210.17323, algorithm 1) rounds columns (input channels) one after
+the other and lets those still to come make up for each error, so that the
+layer's output changes least. This is that algorithm without the inverse of H,
+in the form of Babai's nearest plane (arXiv 2507.18553). Let `H = R R^T` with R
+upper triangular; it is the Cholesky factor of H with rows and columns reversed,
+reversed again. A row w rounded to q costs
 
-  e_j = w_j - Q(w_j),  w_k -= e_j U_jk / U_jj for k > j,  U^T U = H^-1
+  1/2 (w - q) H (w - q)^T = 1/2 sum_j (R_jj (v_j - q_j))^2,
+  v_j = w_j + sum_{i<j} (w_i - q_i) R_ij / R_jj
 
-with U upper triangular. The factor is found without inverting H: if
-`H = R R^T` with R upper triangular, then `U = R^-1`, as U^T U = R^-T R^-1 =
-H^-1. R is the Cholesky factor of H with its rows and columns reversed,
-reversed again. One factorization serves all linears that read the same input.
+and v_j depends on earlier columns only: round v_j to get q_j. GPTQ's updated
+weight is the same v_j. With `U = R^-1`, that is U^T U = H^-1, it reads
 
-The loss follows from the same factor: in exact arithmetic the rounded matrix
-has `1/2 tr((W - Q) H (W - Q)^T) = 1/2 sum_j (R_jj e_j)^2`.
+  v_k = w_k - sum_{j<k} (v_j - q_j) U_jk / U_jj
+
+and v - q = (w - q) R D with D = diag(1/R_jj) turns one into the other: it says
+(v - q) D^-1 U = w - q, whose column k is v_k - q_k + sum_{j<k} (v_j - q_j)
+U_jk / U_jj = w_k - q_k. One Cholesky serves all linears that read one input.
 
 Wilful departures from the paper's code. Bit widths differ per column range.
 Scales are static: computed beforehand from the original weights, so columns
@@ -60,12 +65,10 @@ class Factor:
   """What GPTQ needs to know about a linear's input; from `prepare`.
 
   Arrays are in the order of rounding and padded to C, a multiple of `BLOCK`.
-  `upper[j] = U_j / U_jj`, so its diagonal is 1, and `curvature[j] = R_jj^2`
-  turns the square of column j's error into loss.
   """
 
-  upper: Leaf  # float32 [C, C]
-  curvature: Leaf  # float32 [C]; 0 for padding and dead columns
+  spread: Leaf  # float32 [C, C]; R_ij / R_jj for i < j, else 0
+  curvature: Leaf  # float32 [C]; R_jj^2, 0 for padding and dead columns
   importance: Leaf  # float32 [C]; H_jj / mean, 0 for padding, dead columns
   order: Leaf  # int32 [C]; which column is rounded j-th; padding: cols
   group: Leaf  # int32 [C]; the row of the table of scales
@@ -138,7 +141,7 @@ def prepare(
   )
 
   while True:
-    upper, pivots, ok = _factorize(arranged, damping * mean)
+    spread, curvature, ok = _factorize(arranged, damping * mean)
     if ok:
       break
     higher = max(10 * damping, _LEAST_DAMPING)
@@ -151,8 +154,8 @@ def prepare(
 
   alive = np.pad(live[order], (0, pad))
   return Factor(
-    upper=upper,
-    curvature=jnp.where(alive, pivots**2, 0),
+    spread=spread,
+    curvature=jnp.where(alive, curvature, 0),
     importance=np.pad(diagonal[order] / mean, (0, pad)),
     order=np.pad(order, (0, pad), constant_values=cols).astype(np.int32),
     group=np.pad(
@@ -246,26 +249,27 @@ def _quantize_tile(
     **search,
   )
   columns = _Columns(
+    w=w,
     scale=qtensor.as_float(scale)[factor.group],
     zero=qtensor.as_float(zero)[factor.group],
     bits=factor.bits[factor.group][:, None],
   )
-  rest, q, error = _round_panel(w, factor.upper, columns, _PANELS)
+  adjusted, q, _ = _round_panel(w, factor.spread, columns, _PANELS)
+  dense = columns.decode(adjusted, q)
   return _Tile(
     q=q,
     scale=scale,
     zero=zero,
-    # `rest` equals the codes' values up to rounding errors; 16-bit columns
-    # have no codes.
-    dense=jnp.where(columns.bits == config.OFF_BITS, rest, columns.decode(q)),
-    loss=0.5 * jnp.sum(factor.curvature[:, None] * error**2),
-    finite=jnp.isfinite(rest).all(),
+    dense=dense,
+    loss=0.5 * jnp.sum(factor.curvature[:, None] * (adjusted - dense) ** 2),
+    finite=jnp.isfinite(dense).all(),
   )
 
 
 class _Columns(NamedTuple):
-  """The quantizers of some columns."""
+  """Some columns and their quantizers."""
 
+  w: Leaf  # float32 [n, R]; the original weights
   scale: Leaf  # float32 [n, R]
   zero: Leaf  # float32 [n, R]
   bits: Leaf  # int32 [n, 1]
@@ -275,55 +279,55 @@ class _Columns(NamedTuple):
     q = qtensor.encode(w, self.scale, self.zero, self.bits)
     return jnp.where(self.bits == config.OFF_BITS, 0, q).astype(jnp.int8)
 
-  def decode(self, q: Array) -> Array:
-    """float32 [n, R]."""
-    return (q.astype(jnp.float32) - self.zero) * self.scale
+  def decode(self, w: Array, q: Array) -> Array:
+    """float32 [n, R]: what the codes stand for; at 16 bits, `w` itself."""
+    value = (q.astype(jnp.float32) - self.zero) * self.scale
+    return jnp.where(self.bits == config.OFF_BITS, w, value)
 
 
 def _round_panel(
   w: Float[Array, 'n R'],
-  upper: Float[Array, 'n n'],
+  spread: Float[Array, 'n n'],
   columns: _Columns,
   sizes: tuple[int, ...],
 ) -> tuple[Array, Array, Array]:
-  """Rounds n columns, passing errors on among them.
+  """Rounds n columns one after the other.
 
   Args:
-    w: the columns, with the errors of all columns before them made up for.
-    upper: the rows of `Factor.upper` for these columns, cut to them.
-    columns: their quantizers.
+    w: the weights, adjusted for what columns before these ones moved.
+    spread: `Factor.spread` for these columns.
+    columns: their original weights and quantizers.
     sizes: how many columns to take at a time, then how many of those; () means
       that n is 1.
 
   Returns:
-    `w` with all errors passed on, the columns' own included: the rounded
-    values (16 bits: the values); the codes; and the errors, each at its turn.
+    The weights as they were when they were rounded, and their codes; and how
+    far each column moved in all, original less rounded.
   """
   if not sizes:
     q = columns.encode(w)
-    error = jnp.where(columns.bits == config.OFF_BITS, 0, w - columns.decode(q))
-    return w - error, q, error
+    return w, q, columns.w - columns.decode(w, q)
   size, inner = sizes[0], sizes[1:]
 
   def step(i, carry):
-    w, q, error = carry
+    w, q, moved = carry
     cut = functools.partial(
       jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size
     )
     put = functools.partial(
       jax.lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0
     )
-    rows = cut(upper)  # [size, n]; zero left of the diagonal
-    _, q_new, e_new = _round_panel(
+    rows = cut(spread)  # [size, n]; zero up to the diagonal
+    _, q_new, m_new = _round_panel(
       cut(w), cut(rows, axis=1), jax.tree.map(cut, columns), inner
     )
     if size == 1:
-      passed_on = rows.T * e_new
+      w = w + rows.T * m_new
     else:
-      passed_on = jax.lax.dot(
-        rows.T, e_new, precision=jax.lax.Precision.HIGHEST
-      )
-    return w - passed_on, put(q, q_new), put(error, e_new)
+      w = w + jax.lax.dot(rows.T, m_new, precision=jax.lax.Precision.HIGHEST)
+    # The product reaches the block's own columns too, and leaves in them what
+    # they were when they were rounded.
+    return w, put(q, q_new), put(moved, m_new)
 
   start = (w, jnp.zeros(w.shape, jnp.int8), jnp.zeros_like(w))
   return jax.lax.fori_loop(0, w.shape[0] // size, step, start)
@@ -340,13 +344,13 @@ def _arrange_hessian(h: Array, order: Array) -> Float[Array, 'C C']:
 
 @jax.jit
 def _factorize(h: Array, added: Array) -> tuple[Array, Array, Array]:
-  """`upper` and the diagonal of R; and whether they exist (no NaN)."""
+  """`Factor.spread` and R_jj^2; and whether they exist (are no NaN)."""
   eye = jnp.eye(h.shape[0], dtype=h.dtype)
   # cholesky does not raise where there is no factor: it returns NaN.
   r = jnp.linalg.cholesky((h + added * eye)[::-1, ::-1])[::-1, ::-1]
-  u = jax.scipy.linalg.solve_triangular(r, eye, lower=False)
-  upper = u * jnp.diagonal(r)[:, None]
-  return upper, jnp.diagonal(r), jnp.isfinite(upper).all()
+  pivots = jnp.diagonal(r)
+  spread = jnp.triu(r, 1) / pivots
+  return spread, pivots**2, jnp.isfinite(spread).all()
 
 
 @functools.partial(jax.jit, static_argnames='height')

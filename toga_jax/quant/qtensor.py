@@ -27,7 +27,7 @@ Leaf = Any
 # smallest, a group's weights are under 2^-17 even at 8 bits and round to zero.
 MIN_SCALE, MAX_SCALE = 2.0**-24, 65504.0
 
-CLIP_STEPS = 40
+CLIP_STEPS = 20
 # Where the clip search stops, as a share of the largest magnitude, per bit
 # width (index 0 and 1 unused). The best Gaussian step is 0.3 of the largest of
 # 500 weights at 2 bits, 0.5 at 3 and 0.7 at 4; outliers need room below that.
@@ -229,6 +229,8 @@ def find_scales(
   top, bottom = jnp.maximum(top, 0), jnp.minimum(bottom, 0)
   bits, symmetric = bits[:, None], symmetric[:, None]  # [G, 1]
   half = _half(bits)
+  floor = jnp.asarray(_CLIP_FLOOR)[jnp.minimum(bits, 8)]
+  signs = 2 if signed_scales else 1
 
   def candidate(shrink, sign):
     whole = jnp.where(
@@ -255,22 +257,19 @@ def find_scales(
     return group_sum(gap * gap if power == 2 else gap**power)
 
   def step(i, best):
-    floor = jnp.asarray(_CLIP_FLOOR)[jnp.minimum(bits, 8)]
-    shrink = 1 - (1 - floor) * i / (CLIP_STEPS - 1)
-    for sign in (1, -1) if signed_scales else (1,):
-      trial = candidate(shrink, sign)
-      trial = (error(*trial), *trial)
-      better = trial[0] < best[0]
-      best = tuple(
-        jnp.where(better, new, old)
-        for new, old in zip(trial, best, strict=True)
-      )
-    return best
+    shrink = 1 - (1 - floor) * (i // signs) / (CLIP_STEPS - 1)
+    sign = 1 - 2 * (i % signs)
+    trial = candidate(shrink, sign)
+    trial = (error(*trial), *trial)
+    better = trial[0] < best[0]
+    return tuple(
+      jnp.where(better, new, old) for new, old in zip(trial, best, strict=True)
+    )
 
   scale, zero = candidate(1.0, 1)
   if clip_search:
     start = (jnp.full_like(scale, jnp.inf), scale, zero)
-    _, scale, zero = jax.lax.fori_loop(0, CLIP_STEPS, step, start)
+    _, scale, zero = jax.lax.fori_loop(0, CLIP_STEPS * signs, step, start)
   total = jnp.sum(member * importance, axis=1, keepdims=True)
   mean = group_sum(jnp.abs(w)) / jnp.maximum(total, 1e-30)
   scale = jnp.where(bits == 1, jnp.minimum(mean, MAX_SCALE), scale)
