@@ -128,7 +128,8 @@ class ModelConfig:
       UserError: the architecture is unknown, uses a feature this code does
         not implement, or a size is missing.
     """
-    architecture = (raw.get('architectures') or ['(none named)'])[0]
+    named = raw.get('architectures') or ['(none named)']
+    architecture = named if isinstance(named, str) else named[0]
     if architecture not in ARCHITECTURES:
       raise UserError(
         f'architecture {architecture} is not supported; supported: '
@@ -139,6 +140,11 @@ class ModelConfig:
     try:
       hidden, heads = int(raw['hidden_size']), int(raw['num_attention_heads'])
       rope = raw.get('rope_parameters') or raw.get('rope_scaling') or {}
+      if not isinstance(rope, Mapping) or heads < 1:
+        raise UserError(
+          f'config.json: num_attention_heads={heads} must be above 0, and rope '
+          f'settings a mapping, not {type(rope).__name__}'
+        )
       eos = raw.get('eos_token_id')
       eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
       return cls(
@@ -174,6 +180,8 @@ def _refuse_unsupported(raw: Mapping[str, Any], architecture: str) -> None:
   """Raises UserError for settings that would silently change the result."""
   if raw.get('hidden_act', 'silu') != 'silu':
     raise UserError(f'hidden_act={raw["hidden_act"]!r}: only silu is supported')
+  if raw.get('partial_rotary_factor', 1) != 1:
+    raise UserError('partial_rotary_factor other than 1 is not supported')
   if raw.get('mlp_bias'):
     raise UserError('mlp_bias=true is not supported')
   # It puts a bias on o as well; Qwen2 has its own rule: on q, k and v.
@@ -192,7 +200,9 @@ class QuantConfig:
   """Bit widths of the two precision ranges. 16 means not quantized.
 
   `group_size` is how many input channels share one scale; 0 is one scale per
-  output channel (weights) or token (activations) within each range.
+  output channel (weights) or token (activations) within each range. Without
+  `symmetric`, packed weights of 2 bits and more have zero points; those that a
+  search sees never do, and neither do activations.
   """
 
   low_bits: int = 4
@@ -202,6 +212,7 @@ class QuantConfig:
   kv_bits: int = OFF_BITS
   embed_bits: int = OFF_BITS
   group_size: int = 0
+  symmetric: bool = True
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -309,6 +320,26 @@ class SearchConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+  """How a decision is applied to the weights."""
+
+  gptq: bool = True  # False rounds to nearest, everything else alike
+  reorder: bool = True  # False leaves channels in place; see surgery/reorder.py
+  clip_search: bool = True
+  act_order: bool = True  # GPTQ rounds columns of a range by falling H_jj
+  damping: float = 0.01  # share of the mean of H's diagonal
+  windows: int = 128
+  seq_len: int = 512
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.windows < 1 or self.seq_len < 1:
+      raise UserError('--gptq_windows and --gptq_seq_len must be >= 1')
+    if not 0 <= self.damping <= 1:
+      raise UserError(f'--damping={self.damping}: expected 0..1')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
   """The perplexity protocol. The defaults are GPTQ's."""
 
@@ -338,7 +369,10 @@ class Settings:
   evaluation: EvalConfig
   dtype: str = 'auto'
   overwrite: bool = False
-  subject: str = ''  # dense, masked; '' = the most finished one
+  compress: CompressConfig = CompressConfig()
+  spec: str = ''  # folder of the spec to apply; '' = workdir
+  drift_windows: int = 4  # windows to compare with the dense model on
+  subject: str = ''  # dense, masked, packed; '' = the most finished one
   bench: str = 'search'
   # The flags that change what a search finds, name -> value as text.
   result_flags: tuple[tuple[str, str], ...] = ()

@@ -63,12 +63,11 @@ def test_a_dropped_kv_group_is_the_one_whose_weights_have_no_effect(
   masks = space.to_masks(cfg, {'keep': keep, 'salient': {}})
   layers = weights.layers
 
-  @jax.jit
-  def logits(changed):
-    return llama.logits(changed, cfg, tokens, masks)
+  logits = jax.jit(llama.logits, static_argnums=1)
 
   def run(**changes):
-    return logits(weights.replace(layers=layers.replace(**changes)))
+    changed = weights.replace(layers=layers.replace(**changes))
+    return logits(changed, cfg, tokens, masks)
 
   size = cfg.head_dim
   plain = run()

@@ -6,6 +6,7 @@ drawn by counter, so resuming replays nothing.
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,16 @@ from toga_jax.data import batches
 from toga_jax.masks import hypernet, objective, relax, space
 from toga_jax.model import linear, params
 
+Leaf = Any
+
 
 @struct.dataclass
 class SearchState:
   """All that changes during a search."""
 
-  step: Int[Array, '']
-  theta: dict  # the hypernetwork's parameters
-  opt_state: optax.OptState
+  step: Leaf  # int32 []
+  theta: Leaf  # the hypernetwork's parameters
+  opt_state: Leaf
 
 
 def _network(
