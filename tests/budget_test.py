@@ -170,9 +170,13 @@ def stored_arrays(cfg, quant, keep, salient):
   linears, others = [], []
 
   def add_rows(where, rows, channels, bits):
+    rows = int(rows)
     if bits == 16:
       where.append(np.zeros((rows, channels), np.float16))
       return
+    if not quant.symmetric and bits > 1:
+      groups = math.ceil(channels / (quant.group_size or channels))
+      where.append(packing.pack(np.zeros((groups, rows), np.int8), bits))
     codes = np.zeros((rows, channels), np.int8)
     where.append(packing.pack(codes - (bits == 1), bits))
     size = quant.group_size or channels
@@ -190,7 +194,8 @@ def stored_arrays(cfg, quant, keep, salient):
       kept = keep[group][layer]
       more = salient[group][layer] if group in salient else ~kept
       mixed = (kept & more).any() and (kept & ~more).any()
-      if mixed or not kept.all():
+      # Heads that are gone leave nothing to choose from.
+      if mixed or (group != 'attn_mid' and not kept.all()):
         linears.append(np.flatnonzero(kept).astype(np.int32))
     others += [np.zeros(cfg.hidden_size, np.float16)] * 2  # norms
     if cfg.qk_norm:
@@ -225,6 +230,8 @@ def total(arrays):
     {'low_bits': 4, 'high_bits': 8, 'group_size': 7},
     {'low_bits': 1, 'high_bits': 16, 'embed_bits': 5, 'group_size': 32},
     {'low_bits': 16, 'high_bits': 16, 'embed_bits': 8},
+    {'low_bits': 1, 'high_bits': 5, 'embed_bits': 4, 'symmetric': False},
+    {'low_bits': 4, 'high_bits': 4, 'group_size': 9, 'symmetric': False},
   ],
   ids=lambda b: '-'.join(str(v) for v in b.values()),
 )
@@ -276,6 +283,23 @@ def test_shares_of_a_size_are_those_of_the_weights():
   np.testing.assert_allclose(size.sparsity, 1 - kept / dense, rtol=1e-12)
   np.testing.assert_allclose(size.average_bits, bits / kept, rtol=1e-12)
   assert size.linear_budget == bits / (16 * dense)
+
+
+def test_activation_bits_are_averaged_over_the_channels_that_are_read():
+  cfg = tiny.config()
+  quant = config.QuantConfig(act_low_bits=4, act_high_bits=8)
+  keep, salient = tiny.decision(cfg, 3, heads=True)
+  bits = [
+    8 if salient[group][layer, c] else 4
+    for group in budget.INPUT_GROUPS
+    for layer in range(3)
+    for c in np.flatnonzero(keep[group][layer])
+  ]
+
+  found = budget.average_act_bits(quant, counts(keep), counts(salient))
+
+  np.testing.assert_allclose(found, np.mean(bits), rtol=1e-12)
+  assert 4 < found < 8
 
 
 @pytest.mark.parametrize(

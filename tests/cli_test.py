@@ -14,7 +14,9 @@ DOC = """Does nothing.
 # Flags that change no search's outcome; every other one identifies a run.
 NO_RESULT = (
   'workdir overwrite eval_data checkpoint_every subject max_eval_windows '
-  'eval_seq_len eval_batch_size bos tail bench'
+  'eval_seq_len eval_batch_size bos tail bench kv_bits embed_bits symmetric '
+  'spec gptq reorder clip_search act_order damping gptq_windows gptq_seq_len '
+  'drift_windows'
 ).split()
 
 

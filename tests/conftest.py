@@ -1,6 +1,12 @@
 """Shared fixtures; shapes in annotations are checked while tests run."""
 
+import os
+
 import jaxtyping
+
+# Tiny programs take longer to optimise than to run. The programs that tests
+# start inherit it.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
 # Before toga_jax is imported: every jaxtyping annotation becomes a check here,
 # and stays free in production.

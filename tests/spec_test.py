@@ -279,7 +279,10 @@ def test_an_atomic_write_replaces_and_returns_the_path(tmp_path):
   path = tmp_path / 'x.json'
   path.write_bytes(b'something longer')
 
-  assert spec.write_atomically(path, b'new') == path
+  with path.open('rb') as reader:
+    assert spec.write_atomically(path, b'new') == path
+    # Who reads the old file meanwhile reads all of it.
+    assert reader.read() == b'something longer'
 
   assert path.read_bytes() == b'new'
   assert [p.name for p in tmp_path.iterdir()] == ['x.json']

@@ -33,8 +33,17 @@ def config(**changes) -> config_lib.ModelConfig:
 
 
 def weights(cfg: config_lib.ModelConfig, seed: int = 0) -> params.LlamaParams:
-  """Random weights."""
-  return params.init_params(jax.random.key(seed), cfg)
+  """Random weights as `params.init_params` draws them, without a compiler."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    noise = rng.standard_normal(leaf.shape, np.float32)
+    if jax.tree_util.keystr(path).endswith('norm'):
+      return jax.numpy.asarray(1 + 0.1 * noise)
+    fan_in = leaf.shape[-2] if len(leaf.shape) == 3 else cfg.hidden_size
+    return jax.numpy.asarray(noise * fan_in**-0.5)
+
+  return jax.tree.map_with_path(draw, params.abstract_params(cfg))
 
 
 def tokens(seed: int, *shape: int) -> jax.Array:

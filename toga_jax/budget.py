@@ -176,6 +176,16 @@ def check_target(
       )
 
 
+def average_act_bits(
+  quant: config.QuantConfig, kept: Widths, salient: Widths
+) -> float:
+  """Activation bits, averaged over the channels that linears read."""
+  channels = sum(kept[g].sum() for g in INPUT_GROUPS)
+  high = sum(salient[g].sum() for g in INPUT_GROUPS)
+  low, more = quant.act_low_bits, quant.act_high_bits - quant.act_low_bits
+  return float(low + more * high / channels)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
   """Exact size of a compressed model, in the three numbers of every report."""
@@ -246,34 +256,46 @@ def _block_linear_bytes(
       (kept[source] - high, quant.low_bits),
       (high, quant.high_bits),
     ):
-      total += outputs * _row_bytes(channels, bits, quant.group_size)
+      total += _range_bytes(outputs, channels, bits, quant)
   for group in GROUPS:
     permuted = group in INPUT_GROUPS and 0 < salient[group] < kept[group]
     pruned = kept[group] < widths[group]
-    # mlp_mid folds into gate, up and down; everything else needs its index.
+    # mlp_mid folds into gate, up and down. Heads that are pruned are not
+    # computed, so attn_mid needs an index only where it is permuted.
+    if group == 'attn_mid':
+      pruned = False
     if group != 'mlp_mid' and (permuted or pruned):
       total += INDEX_BYTES * kept[group]
   return total
 
 
-def _row_bytes(channels: int, bits: int, group_size: int) -> int:
-  """Bytes of one output row's values and scales within one range."""
+def _range_bytes(
+  rows: int, channels: int, bits: int, quant: config.QuantConfig
+) -> int:
+  """Bytes of the values, scales and zero points of one precision range."""
   if not channels:
     return 0
   if bits == config.OFF_BITS:
-    return FLOAT_BYTES * channels
-  groups = math.ceil(channels / group_size) if group_size else 1
-  words = math.ceil(channels * bits / WORD_BITS)
-  return words * WORD_BITS // 8 + SCALE_BYTES * groups
+    return FLOAT_BYTES * rows * channels
+  size = quant.group_size
+  groups = math.ceil(channels / size) if size else 1
+  total = rows * (_word_bytes(channels * bits) + SCALE_BYTES * groups)
+  if not quant.symmetric and bits > 1:  # one bit has no zero point
+    total += groups * _word_bytes(rows * bits)
+  return total
+
+
+def _word_bytes(bits: int) -> int:
+  """Bytes of whole int32 words that hold so many bits."""
+  return math.ceil(bits / WORD_BITS) * WORD_BITS // 8
 
 
 def _other_bytes(
   cfg: config.ModelConfig, quant: config.QuantConfig, kept: Widths
 ) -> int:
   """Bytes of embeddings (tied ones once), norms and biases."""
-  rows = cfg.vocab_size * (1 if cfg.tie_embeddings else 2)
-  embeddings = rows * _row_bytes(
-    cfg.hidden_size, quant.embed_bits, quant.group_size
+  embeddings = (1 if cfg.tie_embeddings else 2) * _range_bytes(
+    cfg.vocab_size, cfg.hidden_size, quant.embed_bits, quant
   )
   per_block = 2 * cfg.hidden_size
   if cfg.qk_norm:

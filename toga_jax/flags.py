@@ -48,8 +48,26 @@ _TABLE: Sequence[tuple[str, str, object, str]] = (
   ('bits', 'high_bits', 8, 'weight bits of salient channels'),
   ('bits', 'act_low_bits', 16, 'activation bits of ordinary channels'),
   ('bits', 'act_high_bits', 16, 'activation bits of salient channels'),
-  ('bits', 'kv_bits', 16, 'bits of the key-value cache: counted by compress'),
-  ('bits', 'embed_bits', 16, 'bits of the embeddings: counted in total_bytes'),
+  (
+    'bits',
+    'kv_bits',
+    16,
+    'bits of the key-value cache, asymmetric per head and token, in compress '
+    'and evaluate',
+  ),
+  (
+    'bits',
+    'embed_bits',
+    16,
+    'bits of the embeddings (and of the head, tied or not), in groups of '
+    '--group_size',
+  ),
+  (
+    'bits',
+    'symmetric',
+    True,
+    'packed weights without zero points; false needs 2 bits or more',
+  ),
   (
     'bits',
     'group_size',
@@ -127,11 +145,46 @@ _TABLE: Sequence[tuple[str, str, object, str]] = (
   ),
   ('search', 'checkpoint_every', 50, 'steps between checkpoints'),
   (
+    'compress',
+    'spec',
+    '',
+    'folder of the spec.json to apply or evaluate; empty = --workdir',
+  ),
+  (
+    'compress',
+    'gptq',
+    True,
+    'make up for rounding errors; false rounds to nearest with the same scales',
+  ),
+  (
+    'compress',
+    'reorder',
+    True,
+    'move salient channels behind the others; false leaves every channel in '
+    'its place, and the last ones get the salient bits whatever they are',
+  ),
+  ('compress', 'clip_search', True, 'search scales that clip, by squared error'),
+  (
+    'compress',
+    'act_order',
+    True,
+    'GPTQ rounds the channels of a range by falling activation',
+  ),
+  ('compress', 'damping', 0.01, 'of the Hessian, a share of its mean diagonal'),
+  ('compress', 'gptq_windows', 128, 'calibration windows from --data'),
+  ('compress', 'gptq_seq_len', 512, 'tokens in a calibration window'),
+  (
     'evaluate',
     'subject',
-    ('', 'dense', 'masked'),
-    'what to evaluate: the dense model or the masks of spec.json, fake-'
-    'quantized; empty = masked when there is a spec',
+    ('', 'dense', 'masked', 'packed'),
+    'what to evaluate: the dense model, the masks of spec.json fake-quantized, '
+    'or the packed model; empty = the most finished one in --workdir',
+  ),
+  (
+    'evaluate',
+    'drift_windows',
+    4,
+    'windows to compare the packed model with the dense one on; 0 = none',
   ),
   ('evaluate', 'max_eval_windows', 0, 'windows to evaluate; 0 = all'),
   ('evaluate', 'eval_seq_len', 2048, 'tokens in an evaluation window'),
@@ -143,8 +196,8 @@ _TABLE: Sequence[tuple[str, str, object, str]] = (
 
 # What a search's outcome depends on; resuming with another value is refused.
 _RESULT_FLAGS = (
-  'model data dtype low_bits high_bits act_low_bits act_high_bits kv_bits '
-  'embed_bits group_size search budget sparsity salient start steps seq_len '
+  'model data dtype low_bits high_bits act_low_bits act_high_bits '
+  'group_size search budget sparsity salient start steps seq_len '
   'batch_size seed learning_rate weight_decay budget_weight '
   'over_budget_weight temperature offset noise_fade prune_heads '
   'channel_multiple calibration_windows'
@@ -231,6 +284,7 @@ def settings() -> config.Settings:
     kv_bits=FLAGS.kv_bits,
     embed_bits=FLAGS.embed_bits,
     group_size=FLAGS.group_size,
+    symmetric=FLAGS.symmetric,
   )
   names = (
     'budget salient start steps seq_len batch_size seed learning_rate '
@@ -243,6 +297,18 @@ def settings() -> config.Settings:
     sparsity=sparsity,
     **{name: getattr(FLAGS, name) for name in names},
   )
+  compress = config.CompressConfig(
+    gptq=FLAGS.gptq,
+    reorder=FLAGS.reorder,
+    clip_search=FLAGS.clip_search,
+    act_order=FLAGS.act_order,
+    damping=FLAGS.damping,
+    windows=FLAGS.gptq_windows,
+    seq_len=FLAGS.gptq_seq_len,
+    seed=FLAGS.seed,
+  )
+  if FLAGS.drift_windows < 0:
+    raise config.UserError('--drift_windows must be >= 0')
   known = {row[1] for row in _TABLE}
   values = {n: str(getattr(FLAGS, n)) for n in sorted(known)}
   return config.Settings(
@@ -261,6 +327,9 @@ def settings() -> config.Settings:
     ),
     dtype=FLAGS.dtype,
     overwrite=FLAGS.overwrite,
+    compress=compress,
+    spec=FLAGS.spec,
+    drift_windows=FLAGS.drift_windows,
     subject=FLAGS.subject,
     bench=FLAGS.bench,
     result_flags=tuple((n, values[n]) for n in _RESULT_FLAGS),

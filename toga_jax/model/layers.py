@@ -62,3 +62,29 @@ def causal_attention(
 ) -> Float[Array, 'B T N H']:
   """Softmax attention over earlier tokens, grouped-query, scale H^-0.5."""
   return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def round_cache(
+  x: Float[Array, 'B T K H'], bits: int
+) -> Float[Array, 'B T K H']:
+  """Keys or values as a cache of few bits gives them back.
+
+  Asymmetric, one scale and zero point per head and token, zero representable
+  (Atom, section 4.4, rounds K before RoPE, and so does this model). Gradients
+  pass as if nothing were rounded.
+
+  Args:
+    x: keys before RoPE, or values.
+    bits: 1 to 8; 16 is off.
+  """
+  if bits == config.OFF_BITS:
+    return x
+  wide = x.astype(jnp.float32)
+  top = jnp.maximum(jnp.max(wide, axis=-1, keepdims=True), 0)
+  bottom = jnp.minimum(jnp.min(wide, axis=-1, keepdims=True), 0)
+  steps = 2**bits - 1
+  scale = jnp.maximum((top - bottom) / steps, 1e-12)
+  zero = jnp.round(-bottom / scale)
+  code = jnp.clip(jnp.round(wide / scale) + zero, 0, steps)
+  rounded = ((code - zero) * scale).astype(x.dtype)
+  return x + jax.lax.stop_gradient(rounded - x)

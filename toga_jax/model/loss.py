@@ -118,7 +118,6 @@ def mean_of(
   return token_losses_sum(h, weights.output_embed, y, w.reshape(-1)) / y.size
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'quant'))
 def window_losses(
   weights: params.LlamaParams,
   tokens: Int[Array, 'B T'],
@@ -130,13 +129,33 @@ def window_losses(
 ) -> tuple[Float[Array, ' B'], Float[Array, ' B']]:
   """(sum of losses, number of predicted tokens) of each window.
 
-  Tokens at or beyond a window's length are padding and do not count.
+  Tokens at or beyond a window's length are padding and do not count. Compiles
+  what it calls; do not jit it: a packed model would become one program.
   """
-  hidden = llama.hidden_states(weights, cfg, tokens, masks, quant)
+  run = llama.hidden_states
+  if not isinstance(weights.layers, tuple):
+    run = _dense_hidden_states
+  hidden = run(weights, cfg, tokens, masks, quant)
+  return _losses_of(hidden, weights.output_embed, tokens, lengths)
+
+
+_dense_hidden_states = jax.jit(
+  llama.hidden_states, static_argnames=('cfg', 'quant')
+)
+
+
+@jax.jit
+def _losses_of(
+  hidden: Float[Array, 'B T D'],
+  output_embed: params.Leaf,
+  tokens: Int[Array, 'B T'],
+  lengths: Int[Array, ' B'],
+) -> tuple[Float[Array, ' B'], Float[Array, ' B']]:
+  """`window_losses` from the last hidden states on."""
+  embed = linear.dense_rows(output_embed, hidden.dtype)
 
   def one(hidden, tokens, length):
     h, y, w = _next_token(hidden[None], tokens[None], length[None])
-    total = token_losses_sum(h, weights.output_embed, y, w.reshape(-1))
-    return total, jnp.sum(w)
+    return token_losses_sum(h, embed, y, w.reshape(-1)), jnp.sum(w)
 
   return jax.lax.map(lambda a: one(*a), (hidden, tokens, lengths))

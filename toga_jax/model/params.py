@@ -36,11 +36,23 @@ class LayerParams:
 
 
 @struct.dataclass
+class PackedBlock:
+  """One block after surgery; blocks differ in width, so they do not stack."""
+
+  weights: LayerParams  # linears are quant.packed.PackedLinear
+  channels: Leaf  # model.linear.PackedChannels
+
+
+@struct.dataclass
 class LlamaParams:
-  """A whole model. `head` is None when it is tied to `embed`."""
+  """A whole model. `head` is None when it is tied to `embed`.
+
+  Packed, `layers` is a tuple of `PackedBlock`s, and `embed` and `head` may be
+  `quant.packed.PackedRange`s.
+  """
 
   embed: Leaf  # [V, D]
-  layers: LayerParams
+  layers: Leaf  # LayerParams, or tuple[PackedBlock, ...]
   final_norm: Leaf  # [D]
   head: Leaf = None  # [V, D]
 

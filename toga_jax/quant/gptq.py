@@ -85,7 +85,7 @@ class Factor:
 
 @struct.dataclass
 class Quantized:
-  """A rounded linear. `dense` is on the device, the parts are on the host."""
+  """A rounded linear, on the host."""
 
   parts: tuple[qtensor.QWeight | None, ...]  # per range; None at 16 bits
   dense: Leaf  # float32 [rows, cols]: what the parts stand for
@@ -120,9 +120,10 @@ def prepare(
     ValueError: the ranges do not cover the columns, a width is not 1..8 or
       16, H holds NaN or infinity, or no damping makes it positive definite.
   """
+  h = np.asarray(h, np.float32)
   cols = h.shape[0]
   ranges = column_ranges.checked(ranges, cols)
-  diagonal = np.asarray(jnp.diagonal(h), np.float32)
+  diagonal = np.diagonal(h)
   if not (np.isfinite(diagonal) & (diagonal >= 0)).all():
     raise ValueError(
       f'{name} has values on its diagonal that are not finite and >= 0; look '
@@ -202,7 +203,9 @@ def quantize(
     _quantize_tile(
       tile, arrays, clip_search=clip_search, signed_scales=signed_scales
     )
-    for tile in _arrange_weight(w, factor.order, factor.importance, height)
+    for tile in _arrange_weight(
+      np.asarray(w), factor.order, factor.importance, height
+    )
   ]
   if not all(t.finite for t in tiles):
     raise ValueError(f'{name} holds NaN or infinity')
@@ -215,10 +218,9 @@ def quantize(
   q = joined([t.q for t in tiles])[:, position]
   scale = joined([t.scale for t in tiles])
   zero = joined([t.zero for t in tiles])
-  dense = _restore_weight([t.dense for t in tiles], position, rows)
   return Quantized(
     parts=column_ranges.split(factor.ranges, q, scale, zero),
-    dense=dense,
+    dense=joined([t.dense for t in tiles])[:, position],
     loss=float(sum(np.float64(t.loss) for t in tiles)),
     damping=factor.damping,
   )
@@ -333,13 +335,18 @@ def _round_panel(
   return jax.lax.fori_loop(0, w.shape[0] // size, step, start)
 
 
-@jax.jit
-def _arrange_hessian(h: Array, order: Array) -> Float[Array, 'C C']:
-  """H in the order of rounding, with 1 on empty places of the diagonal."""
-  h = h.astype(jnp.float32)
-  h = h.at[order].get(mode='fill', fill_value=0)
-  h = h.at[:, order].get(mode='fill', fill_value=0)
-  return h + jnp.diag(jnp.where(jnp.diagonal(h) == 0, 1.0, 0.0))
+def _arrange_hessian(h: np.ndarray, order: np.ndarray) -> np.ndarray:
+  """H in the order of rounding, with 1 on empty places of the diagonal.
+
+  On the host, like everything that puts columns in order: widths differ from
+  layer to layer, and a compiled gather would be one program for each.
+  """
+  size, cols = len(order), len(h)
+  arranged = np.zeros((size, size), np.float32)
+  arranged[:cols, :cols] = h[np.ix_(order[:cols], order[:cols])]
+  empty = np.flatnonzero(np.diagonal(arranged) == 0)
+  arranged[empty, empty] = 1
+  return arranged
 
 
 @jax.jit
@@ -353,21 +360,12 @@ def _factorize(h: Array, added: Array) -> tuple[Array, Array, Array]:
   return spread, pivots**2, jnp.isfinite(spread).all()
 
 
-@functools.partial(jax.jit, static_argnames='height')
 def _arrange_weight(
-  w: Array, order: Array, importance: Array, height: int
-) -> list[Float[Array, 'C R']]:
+  w: np.ndarray, order: np.ndarray, importance: np.ndarray, height: int
+) -> list[Float[np.ndarray, 'C R']]:
   """`w` transposed, in the order of rounding, cut into tiles of its rows."""
-  rows = w.shape[0]
-  wt = w.T.astype(jnp.float32).at[order].get(mode='fill', fill_value=0)
-  wt = jnp.where(importance[:, None] > 0, wt, 0)  # dead columns
-  wt = jnp.pad(wt, [(0, 0), (0, -rows % height)])
-  return jnp.split(wt, wt.shape[1] // height, axis=1)
-
-
-@functools.partial(jax.jit, static_argnames='rows')
-def _restore_weight(
-  tiles: list[Array], position: Array, rows: int
-) -> Float[Array, 'rows cols']:
-  """Undoes `_arrange_weight`."""
-  return jnp.concatenate(tiles, axis=1)[position, :rows].T
+  rows, cols = w.shape
+  arranged = np.zeros((len(order), rows + -rows % height), np.float32)
+  arranged[:cols, :rows] = w.T[order[:cols]]
+  arranged[importance <= 0] = 0  # dead columns
+  return np.split(arranged, arranged.shape[1] // height, axis=1)

@@ -43,11 +43,20 @@ def update(moment: Moment, x: Float[Array, '*tokens cols']) -> Moment:
 
   Args:
     moment: the sum so far; donated, so do not use it afterwards.
-    x: inputs of the linear, any float type and any leading axes. The product
-      is taken in float32.
+    x: inputs of the linear, any float type and any leading axes. Products are
+      taken and summed in float32; those of bfloat16 are exact in it, and units
+      made for them are several times faster.
   """
-  x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-  added = jnp.einsum('ti,tj->ij', x, x, precision=jax.lax.Precision.HIGHEST)
+  x = x.reshape(-1, x.shape[-1])
+  if x.dtype != jnp.bfloat16:
+    x = x.astype(jnp.float32)
+  added = jnp.einsum(
+    'ti,tj->ij',
+    x,
+    x,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
   return Moment(total=moment.total + added, tokens=moment.tokens + x.shape[0])
 
 

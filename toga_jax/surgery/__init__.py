@@ -1,0 +1,1 @@
+"""From a decision to a packed model: cut, reorder, calibrate, round, pack."""
