@@ -82,7 +82,7 @@ def test_search_closes_in_on_the_budget_and_hardens_on_it(
   cfg, weights, tokens, tmp_path
 ):
   search = dataclasses.replace(
-    SEARCH, steps=150, checkpoint_every=150, learning_rate=1e-2
+    SEARCH, steps=100, checkpoint_every=100, learning_rate=1e-2
   )
   logits = _train(weights, cfg, tokens, tmp_path, search)
   masks = trainer.deterministic_masks(cfg, logits, search)
@@ -101,7 +101,7 @@ def test_search_closes_in_on_the_budget_and_hardens_on_it(
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   noise = [json.loads(x)['noise'] for x in lines]
   assert noise[0] == 1
-  assert noise[105:] == [0] * 45  # fades over 70 % of the steps
+  assert noise[70:] == [0] * 30  # fades over 70 % of the steps
 
 
 def test_non_finite_loss_stops_with_quantity_and_step(
@@ -110,6 +110,29 @@ def test_non_finite_loss_stops_with_quantity_and_step(
   broken = weights.replace(final_norm=weights.final_norm * jnp.nan)
   with pytest.raises(FloatingPointError, match='step 0: ce is nan'):
     _train(broken, cfg, tokens, tmp_path)
+
+
+def test_full_disk_while_checkpointing_is_an_oserror(
+  cfg, weights, tokens, tmp_path, monkeypatch
+):
+  def full(*args, **kwargs):
+    # What orbax 0.12 raised on a full tmpfs.
+    raise ValueError('RESOURCE_EXHAUSTED: Error writing "a" in OCDBT database')
+
+  monkeypatch.setattr(trainer.ocp.CheckpointManager, 'save', full)
+  with pytest.raises(OSError, match='No space left') as caught:
+    _train(weights, cfg, tokens, tmp_path)
+  assert caught.value.filename == str(tmp_path / 'state')
+
+
+def test_checkpoint_that_will_not_fit_is_not_begun(
+  cfg, weights, tokens, tmp_path, monkeypatch
+):
+  usage = trainer.shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(trainer.shutil, 'disk_usage', lambda path: usage)
+  with pytest.raises(OSError, match='No space left on device, a checkpoint'):
+    _train(weights, cfg, tokens, tmp_path)
+  assert not any((tmp_path / 'state').iterdir())
 
 
 def test_weights_get_no_gradient_and_do_not_change(cfg, weights):

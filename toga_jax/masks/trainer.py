@@ -4,8 +4,13 @@ A step depends on (seed, step) and the saved state alone: batches and noise are
 drawn by counter, so resuming replays nothing.
 """
 
+import contextlib
+import errno
 import functools
+import os
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -118,11 +123,37 @@ def deterministic_masks(
   )
 
 
-def _manager(folder: pathlib.Path, every: int) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def _manager(
+  folder: pathlib.Path, every: int
+) -> Iterator[ocp.CheckpointManager]:
+  """Orbax's manager; a full disk is an OSError, as it is elsewhere."""
   options = ocp.CheckpointManagerOptions(
     max_to_keep=2, save_interval_steps=every, enable_async_checkpointing=True
   )
-  return ocp.CheckpointManager(folder.absolute(), options=options)
+  try:
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+      yield manager
+      manager.wait_until_finished()
+  except ValueError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    reason = os.strerror(errno.ENOSPC)
+    raise OSError(errno.ENOSPC, reason, str(folder)) from e
+
+
+def _check_space(folder: pathlib.Path, state: SearchState) -> None:
+  """Raises OSError unless the disk has room for a checkpoint.
+
+  Orbax finds out as well, but in many threads and with a page of tracebacks.
+  """
+  needed = sum(x.nbytes for x in jax.tree.leaves(state))
+  if shutil.disk_usage(folder).free < needed:
+    raise OSError(
+      errno.ENOSPC,
+      f'{os.strerror(errno.ENOSPC)}, a checkpoint takes {needed:,} bytes',
+      str(folder),
+    )
 
 
 def _report(log: metrics.JsonLines, step: int, device_values: dict) -> dict:
@@ -190,8 +221,8 @@ def train(
       if done % search.checkpoint_every == 0 or done == search.steps:
         _show(progress, search, done, _report(log, step, pending))
         pending = None
+        _check_space(workdir, state)
         manager.save(done, args=ocp.args.StandardSave(state), force=True)
-    manager.wait_until_finished()
     log.close()
   return decision_logits(state.theta, prior, cfg=cfg, search=search)
 
