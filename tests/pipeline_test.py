@@ -3,14 +3,18 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from tests import tiny
+from toga_jax.ckpt import store
 
 STEPS = 12
 
@@ -159,6 +163,89 @@ def test_changed_flag_is_refused_on_resume(files, finished, change, says):
   error = _error(_run('toga_jax.search', _flags(files, finished, change)))
   assert says in error
   assert _artefacts(finished) == before
+
+
+COMPRESS = ('--gptq_windows=8', '--gptq_seq_len=32', '--drift_windows=2')
+
+
+@pytest.fixture(scope='module')
+def searched(finished, tmp_path_factory) -> pathlib.Path:
+  """A copy of the finished run, to compress in."""
+  folder = tmp_path_factory.mktemp('compressed') / 'run'
+  return pathlib.Path(shutil.copytree(finished, folder))
+
+
+def _packed_arrays(workdir: pathlib.Path) -> list[bytes]:
+  """All arrays of a packed model; its files also hold times of writing."""
+  weights, _ = store.load(workdir / 'packed')
+  return [np.asarray(a).tobytes() for a in jax.tree.leaves(weights)]
+
+
+def test_compress_then_evaluate_measures_what_was_written(files, searched):
+  flags = _flags(files, searched, *COMPRESS)
+  run = _run('toga_jax.compress', flags)
+  assert run.returncode == 0, run.stderr
+  made = json.loads(run.stdout)
+  assert made['packed'] == str(searched / 'packed')
+  assert made['linear_budget'] <= 0.28125
+  on_disk = sum(
+    p.stat().st_size for p in (searched / 'packed').rglob('*') if p.is_file()
+  )
+  manifest = (searched / 'packed' / 'manifest.json').stat().st_size
+  assert made['disk_bytes'] == on_disk - manifest
+
+  run = _run('toga_jax.evaluate', flags)
+  assert run.returncode == 0, run.stderr
+  measured = json.loads(run.stdout)
+  assert measured['name'] == 'packed'
+  for key in ('linear_budget', 'bits_per_weight', 'total_bytes', 'disk_bytes'):
+    assert measured[key] == made[key]
+  assert 4 < measured['act_bits'] < 8
+  assert measured['kv_bits'] == 16
+  assert measured['drift']['windows'] == 2
+  masked = json.loads((searched / 'rows.json').read_text())['rows']['learned']
+  # GPTQ or nearest, a random model's perplexity stays about where it was.
+  assert measured['perplexity'] == pytest.approx(masked['perplexity'], rel=0.2)
+  assert '3 blocks' in run.stderr
+  assert 'compiled programs' in run.stderr
+
+  run = _run('toga_jax.evaluate', [*flags, '--kv_bits=2'])
+  assert json.loads(run.stdout)['kv_bits'] == 2
+  assert json.loads(run.stdout)['perplexity'] != measured['perplexity']
+
+
+def test_killed_compress_resumes_at_its_block(files, searched, tmp_path):
+  if not (searched / 'packed').exists():
+    pytest.skip('needs the packed model of the test above')
+  workdir = tmp_path / 'killed'
+  shutil.copytree(
+    searched, workdir, ignore=shutil.ignore_patterns('packed', '.lock')
+  )
+  flags = _flags(files, workdir, *COMPRESS)
+  victim = subprocess.Popen(
+    [sys.executable, '-m', 'toga_jax.compress', *flags],
+    stderr=subprocess.DEVNULL,
+    stdout=subprocess.DEVNULL,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+  )
+  deadline = time.monotonic() + 240
+  while not (workdir / 'packed.partial' / 'block_000').exists():
+    assert victim.poll() is None, 'ended before it could be killed'
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+  victim.send_signal(signal.SIGKILL)
+  victim.wait()
+  assert not (workdir / 'packed').exists()
+  again = _run('toga_jax.compress', flags)
+  assert again.returncode == 0, again.stderr
+  assert 'block_000 is there already' in again.stderr
+  assert _packed_arrays(workdir) == _packed_arrays(searched)
+
+
+def test_compress_without_a_spec_is_refused(files, tmp_path):
+  error = _error(_run('toga_jax.compress', _flags(files, tmp_path / 'no')))
+  assert 'run the search first' in error
+  assert not (tmp_path / 'no').exists()
 
 
 def test_text_shorter_than_a_window_is_refused(files, tmp_path):

@@ -8,6 +8,7 @@ api.perplexity(model, held_out, evaluation, spec).perplexity
 
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,13 @@ import numpy as np
 from toga_jax import budget, config, metrics
 from toga_jax import spec as spec_lib
 from toga_jax.ckpt import load as load_lib
+from toga_jax.ckpt import store
 from toga_jax.data import batches, text, tokenizer
+from toga_jax.evals import drift as drift_lib
 from toga_jax.evals import perplexity as perplexity_lib
 from toga_jax.masks import baselines, calibration, harden, prior, space, trainer
-from toga_jax.model import linear, params
+from toga_jax.model import linear, llama, params
+from toga_jax.surgery import assemble, prune
 
 # Windows of the validation text that a search checks itself on, before and
 # after hardening.
@@ -88,8 +92,13 @@ def statistics(
 def search_quant(
   quant: config.QuantConfig, search: config.SearchConfig
 ) -> config.QuantConfig:
-  """The bits a search sees: pruning alone is learned at 16."""
-  return quant.unquantized() if search.kind == 'prune' else quant
+  """The bits a search sees: pruning alone is learned at 16.
+
+  Cache and embeddings are rounded by compress, whatever the search found.
+  """
+  if search.kind == 'prune':
+    quant = quant.unquantized()
+  return dataclasses.replace(quant, kv_bits=config.OFF_BITS)
 
 
 def rule_spec(
@@ -233,17 +242,234 @@ def perplexity(
   how: config.EvalConfig,
   spec: spec_lib.CompressionSpec | None = None,
   what: str = 'evaluate',
+  kv_bits: int = config.OFF_BITS,
 ) -> perplexity_lib.Perplexity:
   """Perplexity of the dense model, or of a spec by fake quantization.
+
+  Args:
+    model: the dense model.
+    tokens: the text.
+    how: the protocol.
+    spec: a decision to see the model through; None for the dense model.
+    what: name shown with the progress.
+    kv_bits: of the key-value cache, either way.
 
   Raises:
     UserError: the spec is another model's, or the text is too short.
   """
-  if spec is None:
-    return perplexity_lib.measure(
-      model.weights, model.cfg, tokens, how, what=what
-    )
-  spec.check_model(model.fingerprint)
+  masks, quant = None, llama.FULL_PRECISION
+  if spec is not None:
+    spec.check_model(model.fingerprint)
+    masks, quant = masks_of(spec), spec.quant
+  quant = dataclasses.replace(quant, kv_bits=kv_bits)
   return perplexity_lib.measure(
-    model.weights, model.cfg, tokens, how, masks_of(spec), spec.quant, what
+    model.weights, model.cfg, tokens, how, masks, quant, what
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """A packed model, on the device, with its manifest."""
+
+  weights: params.LlamaParams
+  manifest: store.Manifest
+
+
+def compressed_spec(
+  spec: spec_lib.CompressionSpec, quant: config.QuantConfig
+) -> spec_lib.CompressionSpec:
+  """The decision with the bits that are compress's own to choose.
+
+  Widths and group size are what the decision was made for; cache, embeddings
+  and zero points are not part of it.
+  """
+  names = ('kv_bits', 'embed_bits', 'symmetric')
+  own = {name: getattr(quant, name) for name in names}
+  return dataclasses.replace(spec, quant=dataclasses.replace(spec.quant, **own))
+
+
+def compress_model(
+  model: Model,
+  tokens: np.ndarray | None,
+  spec: spec_lib.CompressionSpec,
+  how: config.CompressConfig,
+  target: pathlib.Path,
+  *,
+  data: str = '',
+  overwrite: bool = False,
+) -> store.Manifest:
+  """Applies a decision for good: cuts, reorders, rounds and packs the model.
+
+  Args:
+    model: the dense model.
+    tokens: calibration text; may be None when no weight is quantized.
+    spec: the decision, with all bits.
+    how: options and calibration windows.
+    target: the folder to write; `target.partial` holds finished blocks, and a
+      second call resumes behind them.
+    data: the calibration text's name, part of what the result depends on.
+    overwrite: replace another packed model in `target`.
+
+  Raises:
+    UserError: the spec is another model's or cannot be packed; the text is too
+      short; the disk is full; `target` holds another packed model; a weight or
+      an activation is not finite.
+  """
+  spec.check_model(model.fingerprint)
+  prune.check(spec)
+  identity = _packed_identity(model, spec, how, data)
+  if target.exists() and not overwrite:
+    manifest = store.read_manifest(target)
+    _refuse_other(target, manifest.identity, identity)
+    metrics.say(f'{target} is there already; nothing to compress')
+    return manifest
+  windows = None
+  if spec.quant.weights_on:
+    assert tokens is not None
+    windows = batches.calibration_windows(
+      tokens, seed=how.seed, count=how.windows, seq_len=how.seq_len
+    )
+  folder = store.partial_folder(target, identity)
+  store.check_room(folder, spec.size().total_bytes)
+  settings = assemble.Settings(quant=spec.quant, how=how)
+  embed = _save_embeddings(model, settings, folder)
+
+  def finished(layer: int) -> params.PackedBlock | None:
+    return _finished_part(folder, store.block_name(layer))
+
+  count = model.cfg.num_layers
+  progress = metrics.Progress('compress: block', count)
+  made = assemble.blocks(
+    model.weights, embed, spec, windows, settings, finished
+  )
+  for layer, block in enumerate(made):
+    if not (folder / store.block_name(layer)).exists():
+      store.save_part(folder, store.block_name(layer), block)
+    progress.update(layer + 1, f'peak {metrics.peak_bytes() / 1e9:.2f} GB')
+  return store.finish(folder, target, spec, identity)
+
+
+def _save_embeddings(
+  model: Model, settings: assemble.Settings, folder: pathlib.Path
+) -> params.Leaf:
+  """Rounds and stores what is outside the blocks; returns the embedding."""
+  part = _finished_part(folder, store.EMBEDDINGS)
+  if part is None:
+    weights = model.weights
+    part = {'embed': assemble.embedding(weights.embed, settings)}
+    if weights.head is not None:
+      part['head'] = assemble.embedding(weights.head, settings)
+    norm = np.asarray(weights.final_norm)
+    part['final_norm'] = norm.astype(settings.stored)
+    store.save_part(folder, store.EMBEDDINGS, part)
+  return jax.tree.map(jnp.asarray, part['embed'])
+
+
+def _finished_part(folder: pathlib.Path, name: str):
+  """A part that an earlier run finished, or None; a damaged one is redone."""
+  if not (folder / name).exists():
+    return None
+  try:
+    part = store.load_part(folder, name)
+  except config.UserError as e:
+    metrics.say(f'{name} is made again: {e}')
+    shutil.rmtree(folder / name)
+    return None
+  metrics.say(f'compress: {name} is there already')
+  return part
+
+
+def _packed_identity(
+  model: Model,
+  spec: spec_lib.CompressionSpec,
+  how: config.CompressConfig,
+  data: str,
+) -> dict[str, object]:
+  """What the bits of a packed model depend on, as JSON gives it back."""
+  return {
+    'model': model.fingerprint,
+    'spec': spec.digest(),
+    **{f'--{k}': v for k, v in dataclasses.asdict(spec.quant).items()},
+    **{f'--{k}': v for k, v in dataclasses.asdict(how).items()},
+    '--data': data,
+    'dtype': str(model.weights.final_norm.dtype),
+  }
+
+
+def _refuse_other(target: pathlib.Path, before: dict, now: dict) -> None:
+  """Raises UserError when `target` was made otherwise."""
+  changed = [
+    f'{name} was {before.get(name, "not set")}, now {value}'
+    for name, value in now.items()
+    if before.get(name) != value
+  ]
+  if changed:
+    raise config.UserError(
+      f'{target} holds another packed model: {"; ".join(changed)}. Use another '
+      '--workdir, or --overwrite to replace it'
+    )
+
+
+def load_packed(folder: pathlib.Path, dtype: str = 'auto') -> Packed:
+  """Loads what `compress_model` wrote, every file checked.
+
+  Args:
+    folder: `workdir/packed`.
+    dtype: of the arithmetic, as for `load`.
+
+  Raises:
+    UserError: it is not there, or a file is missing, cut short or damaged.
+  """
+  weights, manifest = store.load(folder)
+  arithmetic = _dtype(dtype)
+
+  def place(a: np.ndarray) -> jax.Array:
+    # Scales stay in float16, the type they are stored in.
+    return jnp.asarray(a, arithmetic if a.dtype == jnp.bfloat16 else None)
+
+  return Packed(weights=jax.tree.map(place, weights), manifest=manifest)
+
+
+def packed_perplexity(
+  packed: Packed,
+  tokens: np.ndarray,
+  how: config.EvalConfig,
+  kv_bits: int,
+  what: str = 'packed',
+) -> perplexity_lib.Perplexity:
+  """Perplexity of a packed model.
+
+  Raises:
+    UserError: the text is too short.
+  """
+  manifest = packed.manifest
+  quant = dataclasses.replace(manifest.quant, kv_bits=kv_bits)
+  before = llama.packed_programs()
+  result = perplexity_lib.measure(
+    packed.weights, manifest.cfg, tokens, how, None, quant, what
+  )
+  metrics.say(
+    f'{what}: {manifest.cfg.num_layers} blocks, '
+    f'{llama.packed_programs() - before} compiled programs'
+  )
+  return result
+
+
+def drift(
+  model: Model,
+  packed: Packed,
+  tokens: np.ndarray,
+  how: config.EvalConfig,
+  kv_bits: int,
+) -> drift_lib.Drift:
+  """How far a packed model is from the dense one on `how.max_windows` windows.
+
+  Raises:
+    UserError: the packed model is another model's.
+  """
+  if packed.manifest.fingerprint != model.fingerprint:
+    raise config.UserError('the packed model was made from another model')
+  quant = dataclasses.replace(packed.manifest.quant, kv_bits=kv_bits)
+  return drift_lib.measure(
+    model.weights, packed.weights, model.cfg, tokens, how, quant
   )

@@ -163,7 +163,12 @@ _TABLE: Sequence[tuple[str, str, object, str]] = (
     'move salient channels behind the others; false leaves every channel in '
     'its place, and the last ones get the salient bits whatever they are',
   ),
-  ('compress', 'clip_search', True, 'search scales that clip, by squared error'),
+  (
+    'compress',
+    'clip_search',
+    True,
+    'search scales that clip, by squared error',
+  ),
   (
     'compress',
     'act_order',

@@ -72,6 +72,14 @@ class CompressionSpec:
       self.cfg, self.quant, self.kept_counts(), self.salient_counts()
     )
 
+  def digest(self) -> str:
+    """sha256 of the masks and the bits: equal decisions have equal digests."""
+    digest = hashlib.sha256(repr(self.quant).encode())
+    for masks in (self.keep, self.salient):
+      for group in sorted(masks):
+        digest.update(group.encode() + masks[group].tobytes())
+    return digest.hexdigest()
+
   def check_model(self, fingerprint: str) -> None:
     """Raises UserError when the spec was made for another model."""
     if fingerprint != self.fingerprint:
@@ -128,17 +136,13 @@ def load(folder: pathlib.Path) -> CompressionSpec:
         f'{folder / "masks.npz"} is damaged: its checksum differs from the one '
         'in spec.json'
       )
-    model = dict(raw['model'])
-    scaling = model['rope_scaling']
-    model['rope_scaling'] = config.RopeScaling(**scaling) if scaling else None
-    model['eos_ids'] = tuple(model['eos_ids'])
     with np.load(io.BytesIO(masks_bytes)) as arrays:
       masks = {'keep': {}, 'salient': {}}
       for name in arrays.files:
         decision, group = name.split('/')
         masks[decision][group] = arrays[name]
     return CompressionSpec(
-      cfg=config.ModelConfig(**model),
+      cfg=model_config(raw['model']),
       quant=config.QuantConfig(**raw['quant']),
       fingerprint=raw['fingerprint'],
       made_by=raw['made_by'],
@@ -148,6 +152,15 @@ def load(folder: pathlib.Path) -> CompressionSpec:
     raise config.UserError(f'{path} is not a spec of this version: {e}') from e
   except FileNotFoundError as e:
     raise config.UserError(f'{e.filename} is missing beside spec.json') from e
+
+
+def model_config(raw: Mapping[str, Any]) -> config.ModelConfig:
+  """The config that `dataclasses.asdict` and JSON made `raw` of."""
+  fields = dict(raw)
+  scaling = fields['rope_scaling']
+  fields['rope_scaling'] = config.RopeScaling(**scaling) if scaling else None
+  fields['eos_ids'] = tuple(fields['eos_ids'])
+  return config.ModelConfig(**fields)
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> pathlib.Path:

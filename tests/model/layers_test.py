@@ -1,5 +1,6 @@
 """Norm, rotary embedding and attention against NumPy loops and literals."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,3 +80,35 @@ def test_attention_is_causal_grouped_and_scaled_like_a_loop():
         share /= share.sum()
         expected = share @ values[i, : now + 1, shared]
         np.testing.assert_allclose(y[i, now, head], expected, atol=1e-5)
+
+
+def _cache_reference(row, bits):
+  """Asymmetric rounding of one head of one token, by plain NumPy."""
+  top, bottom = max(row.max(), 0), min(row.min(), 0)
+  scale = (top - bottom) / (2**bits - 1)
+  zero = np.round(-bottom / scale)
+  code = np.clip(np.round(row / scale) + zero, 0, 2**bits - 1)
+  return (code - zero) * scale
+
+
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_cache_is_rounded_per_head_and_token(bits):
+  x = np.random.default_rng(0).standard_normal((2, 3, 5, 16))
+  x = (x * np.exp(np.arange(5))[:, None] + 0.5).astype(np.float32)
+  x[0, 0, 0] = np.abs(x[0, 0, 0])  # zero is representable all the same
+  rounded = layers.round_cache(jnp.asarray(x), bits)
+  expected = np.apply_along_axis(_cache_reference, -1, x, bits)
+  np.testing.assert_allclose(rounded, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cache_of_sixteen_bits_or_of_zeros_is_as_it_was():
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 3, 4)))
+  assert layers.round_cache(x, 16) is x
+  zeros = jnp.zeros((1, 2, 3, 4))
+  np.testing.assert_array_equal(layers.round_cache(zeros, 4), zeros)
+
+
+def test_gradients_pass_a_rounded_cache():
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 3, 4)))
+  slope = jax.grad(lambda x: jnp.sum(layers.round_cache(x, 2) * 3))(x)
+  np.testing.assert_array_equal(slope, jnp.full_like(x, 3))

@@ -1,7 +1,5 @@
 """Next-token cross-entropy in chunks of tokens: [T, V] never exists at once."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

@@ -103,7 +103,9 @@ def abstract_params(
 
 
 def init_params(
-  key: jax.Array, cfg: config.ModelConfig, dtype: jax.typing.DTypeLike = jnp.float32
+  key: jax.Array,
+  cfg: config.ModelConfig,
+  dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> LlamaParams:
   """Random weights of realistic scale, for tests and synthetic benches."""
   shapes = abstract_params(cfg, dtype)

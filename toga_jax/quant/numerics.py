@@ -144,11 +144,12 @@ def _fake_quant_fwd(x, salient, keep, how):
 
 def _fake_quant_bwd(how, residuals, g):
   x, y, salient, (high, low_scale, high_scale) = residuals
-  # Q_h - Q_l, one of which is y already.
+  # Q_h - Q_l, one of which is y already; its sign belongs to the channel.
   other = _select(x, ~high, low_scale, high_scale, how[:2])
-  gain = g * (y - other) * jnp.where(high, 1.0, -1.0)
   others = tuple(i for i in range(x.ndim) if i != how[3] % x.ndim)
-  return g, jnp.sum(gain, axis=others).astype(salient.dtype), None
+  gain = jnp.sum(g * (y - other), axis=others)
+  sign = jnp.where(salient > 0.5, 1.0, -1.0)
+  return g, (sign * gain).astype(salient.dtype), None
 
 
 _fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)

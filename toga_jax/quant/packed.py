@@ -1,4 +1,4 @@
-"""Packed weights as pytrees: codes in int32 words, scales, sizes that are static.
+"""Packed weights as pytrees: codes in int32 words, scales, static sizes.
 
 What `packing` does to codes, done to a whole linear. A linear's inputs lie in
 ranges `[low | high]`; each range has its own words and scales.
